@@ -1,0 +1,1 @@
+"""Everything that runs the system on Ray. May import `router_service` and `experts`."""

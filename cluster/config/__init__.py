@@ -1,0 +1,1 @@
+"""mesh.yaml: pydantic at the edge, frozen dataclasses inside."""

@@ -1,0 +1,1 @@
+"""Expert compute: token rows sorted by expert in, weighted partial sums out. Imports nothing of ours."""

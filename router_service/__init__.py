@@ -1,0 +1,1 @@
+"""Hidden states -> experts -> combined states. May import `experts`, never `cluster`."""
