@@ -1,0 +1,31 @@
+"""DeepSeekMoE and DeepSeek-V2: softmax scores, greedy or limited to the best groups of experts.
+
+Source: Dai et al. 2024, "DeepSeekMoE" (arXiv 2401.06066), equations 9 to 11; DeepSeek-AI 2024, "DeepSeek-V2"
+(arXiv 2405.04434), section 2.2.2, where a group is what one device holds and its score is its best expert's.
+`topk_method` greedy is a spec without n_group. Like transformers' DeepseekV2TopkRouter, never renormalises.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from router_service.gating.expert_groups import keep_best_groups
+from router_service.gating.gate import GateOutput, GateSpec
+from router_service.gating.logits import gate_logits
+
+
+class DeepseekV2Gate:
+    """weight_EH: the gate's linear layer."""
+
+    def __init__(self, spec: GateSpec, weight_EH: torch.Tensor) -> None:
+        self._spec = spec
+        self._weight_EH = weight_EH.float()
+
+    def __call__(self, hidden_TH: torch.Tensor) -> GateOutput:
+        spec = self._spec
+        scores_TE = gate_logits(hidden_TH, self._weight_EH).softmax(dim=-1)
+        if spec.n_group is not None and spec.topk_group is not None:
+            group_scores_TG = scores_TE.unflatten(-1, (spec.n_group, -1)).amax(dim=-1)
+            scores_TE = keep_best_groups(scores_TE, group_scores_TG, spec.topk_group, 0.0)
+        weights_TK, expert_ids_TK = scores_TE.topk(spec.num_experts_per_tok, dim=-1, sorted=False)
+        return GateOutput(expert_ids_TK, weights_TK * spec.routed_scaling_factor)

@@ -1,0 +1,25 @@
+"""Mixtral 8x7B and 8x22B: softmax over the chosen K logits.
+
+Source: Jiang et al. 2024, "Mixtral of Experts" (arXiv 2401.04088), section 2.1: softmax(TopK(x W_g)). Renormalising the
+top K of a softmax over all experts is the same function, and is how transformers' MixtralTopKRouter computes it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from router_service.gating.gate import GateOutput, GateSpec
+from router_service.gating.logits import gate_logits
+
+
+class MixtralGate:
+    """weight_EH: the gate's linear layer."""
+
+    def __init__(self, spec: GateSpec, weight_EH: torch.Tensor) -> None:
+        self._top_k = spec.num_experts_per_tok
+        self._weight_EH = weight_EH.float()
+
+    def __call__(self, hidden_TH: torch.Tensor) -> GateOutput:
+        scores_TE = gate_logits(hidden_TH, self._weight_EH).softmax(dim=-1)
+        weights_TK, expert_ids_TK = scores_TE.topk(self._top_k, dim=-1)
+        return GateOutput(expert_ids_TK, weights_TK / weights_TK.sum(dim=-1, keepdim=True))
