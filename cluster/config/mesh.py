@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from experts.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field
 
 Auto = Literal["auto"]
 

@@ -1,0 +1,50 @@
+"""The controller as its callers see it, and the one place that knows it is a Serve deployment."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+from cluster.control.controller import Assignment
+from experts.spec import ExpertKey
+from router_service.placement import GroupReplica, PlacementTable
+
+
+class ControllerClient(Protocol):
+    """What groups and engines ask of the controller. Any call may raise when the controller is gone: call again."""
+
+    async def join(
+        self, replica: GroupReplica, *, device: str, resident: frozenset[ExpertKey], known_version: int
+    ) -> Assignment: ...
+    async def progress(self, replica: str, loaded_bytes: int, total_bytes: int) -> None: ...
+    async def ready(self, replica: str) -> None: ...
+    async def leave(self, replica: str) -> None: ...
+    def watch(self, known_version: int) -> AsyncIterator[PlacementTable]: ...
+
+
+class ServeControllerClient:
+    """ControllerClient over a Serve DeploymentHandle."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def join(
+        self, replica: GroupReplica, *, device: str, resident: frozenset[ExpertKey], known_version: int
+    ) -> Assignment:
+        answer: Assignment = await self._handle.join.remote(
+            replica, device=device, resident=resident, known_version=known_version
+        )
+        return answer
+
+    async def progress(self, replica: str, loaded_bytes: int, total_bytes: int) -> None:
+        await self._handle.progress.remote(replica, loaded_bytes, total_bytes)
+
+    async def ready(self, replica: str) -> None:
+        await self._handle.ready.remote(replica)
+
+    async def leave(self, replica: str) -> None:
+        await self._handle.leave.remote(replica)
+
+    async def watch(self, known_version: int) -> AsyncIterator[PlacementTable]:
+        async for table in self._handle.options(stream=True).watch.remote(known_version):
+            yield table

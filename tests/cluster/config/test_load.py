@@ -1,0 +1,83 @@
+"""mesh.yaml: every mistake is answered with file, line, key and what to do."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.config.load import load_mesh, parse_mesh
+from experts.errors import ConfigError
+
+VALID = "model:\n  source: some/model\nexperts:\n  groups: 2\n"
+
+
+def _write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mesh.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_and_values(tmp_path: Path) -> None:
+    config = load_mesh(_write(tmp_path, VALID))
+    assert config.experts.groups == 2
+    assert config.router.transport == "grpc"
+    assert config.model.source == "some/model"
+
+
+def test_relative_source_is_found_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    monkeypatch.chdir("/")
+    config = load_mesh(_write(tmp_path, "model:\n  source: checkpoint\n"))
+    assert config.model.source == str(tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "parts"),
+    [
+        ("model:\n  source: x\nexperts:\n  grups: 2\n", 4, ("experts.grups", "did you mean `groups`")),
+        ("model:\n  source: x\nexprts:\n  groups: 2\n", 3, ("exprts", "did you mean `experts`")),
+        ("model:\n  source: x\nexperts:\n  groups: 0\n", 4, ("experts.groups", "greater than or equal to 1")),
+        ("model:\n  source: x\nengine:\n  max_model_len: soon\n", 4, ("engine.max_model_len", "soon")),
+        ("model:\n  source: x\nrouter:\n  transport: pigeon\n", 4, ("router.transport", "grpc")),
+        ("model:\n  dtype: float32\n", 1, ("model.source", "missing")),
+        ("model:\n  source: x\nhttp:\n  port: 99999\n", 4, ("http.port", "65535")),
+        ("model:\n  source: x\nhttp:\n  qqqqqqqq: 1\n", 4, ("http.qqqqqqqq", "valid keys here: host, port")),
+    ],
+)
+def test_a_mistake_names_file_line_key_and_remedy(
+    tmp_path: Path, text: str, line: int, parts: tuple[str, ...]
+) -> None:
+    path = _write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_mesh(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:{line}: ")
+    for part in parts:
+        assert part in message
+
+
+def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_mesh(_write(tmp_path, "model:\n  sauce: x\nhttp:\n  port: 0\n"))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("text", ["model: [", "- 1\n", "", "\tmodel: 1"])
+def test_what_is_no_mapping_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_mesh(_write(tmp_path, text))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_mesh(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load_mesh(tmp_path / "binary.yaml")
+
+
+def test_the_same_document_as_serve_args() -> None:
+    with pytest.raises(ConfigError, match=r"^args: unknown key `model\.sourc`; did you mean `source`"):
+        parse_mesh({"model": {"source": "x", "sourc": "y"}}, origin="args")
+    assert parse_mesh(yaml.safe_load(VALID), origin="args").experts.groups == 2
