@@ -23,6 +23,7 @@ class ExpertSpec:
     bias:       both projections have a bias
     activation: name of an entry in `experts.ops.activations.ACTIVATIONS`
     limit:      clamp of gate (above) and up (both sides), GPT-OSS; None for everyone else
+    up_shift:   added to up before the product, `act(gate) * (up + up_shift)`: 1 for GPT-OSS, else 0
     """
 
     hidden_size: int
@@ -31,11 +32,12 @@ class ExpertSpec:
     gated: bool = True
     bias: bool = False
     limit: float | None = None
+    up_shift: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertWeights:
-    """One expert's weights in the checkpoint's orientation, gate rows first, then up rows (never interleaved).
+    """One expert's weights in the checkpoint's orientation, gate rows first, then up rows, not interleaved.
 
     up_2IH:   [2I, H] gated (gate over up), [I, H] plain
     down_HI:  [H, I]

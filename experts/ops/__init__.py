@@ -1,0 +1,1 @@
+"""Expert arithmetic, one op or backend a file."""

@@ -1,0 +1,134 @@
+"""Calls survive the wire; bytes made by protobuf's own classes are read alike; bad ones name their field."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from experts.errors import ExpertNotResident, MeshError, RequestError
+from experts.spec import ExpertCall
+from experts.wire.codec import (
+    BadCall,
+    decode_call,
+    decode_partial,
+    encode_call,
+    encode_failure,
+    encode_partial,
+)
+from experts.wire.v1 import expert_pb2 as pb
+
+
+def make_call(dtype: torch.dtype = torch.float32, num_tokens: int = 3, hidden: int = 200) -> ExpertCall:
+    generator = torch.Generator().manual_seed(0)
+    return ExpertCall(
+        layer=7,
+        hidden_TH=torch.randn(num_tokens, hidden, generator=generator).to(dtype),
+        expert_ids_S=torch.tensor([2, 5], dtype=torch.int32),
+        offsets_S1=torch.tensor([0, 1, 4], dtype=torch.int32),
+        token_rows_R=torch.tensor([1, 0, 1, 2], dtype=torch.int32),
+        weights_R=torch.tensor([0.5, 1.0, 0.25, 0.125]),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_call_round_trip_is_exact(dtype: torch.dtype) -> None:
+    call = make_call(dtype)
+    got = decode_call(encode_call(call, 12, reply_dtype=torch.bfloat16))
+    assert got.call_id == 12
+    assert got.reply_dtype is torch.bfloat16
+    assert got.call.layer == 7
+    for name in ("hidden_TH", "expert_ids_S", "offsets_S1", "token_rows_R", "weights_R"):
+        torch.testing.assert_close(getattr(got.call, name), getattr(call, name), rtol=0, atol=0)
+
+
+def test_bytes_are_ordinary_protobuf() -> None:
+    call = make_call()
+    request = pb.ForwardRequest.FromString(encode_call(call, 3))
+    assert (request.call_id, request.layer, list(request.hidden.shape)) == (3, 7, [3, 200])
+    assert request.hidden.data == call.hidden_TH.numpy().tobytes()
+    again = decode_call(request.SerializeToString())
+    torch.testing.assert_close(again.call.hidden_TH, call.hidden_TH, rtol=0, atol=0)
+    reply = pb.ForwardReply.FromString(encode_partial(9, call.hidden_TH))
+    assert reply.call_id == 9
+    assert not reply.HasField("failure")
+    got = decode_partial(reply.SerializeToString()).partial_TH
+    assert got is not None
+    torch.testing.assert_close(got, call.hidden_TH, rtol=0, atol=0)
+
+
+def test_float8_keeps_the_documented_error() -> None:
+    call = make_call()
+    got = decode_call(encode_call(call, hidden_dtype=torch.float8_e4m3fn)).call.hidden_TH
+    assert got.dtype is torch.float32
+    error = (got - call.hidden_TH).abs()
+    tiles = torch.nn.functional.pad(call.hidden_TH, (0, 56)).view(3, 2, 128).abs().amax(2)
+    smallest = (tiles / 448 * 2**-9).repeat_interleave(128, 1)[:, :200]
+    assert (error <= call.hidden_TH.abs() * 2**-4 + smallest).all()
+    assert error.norm() / call.hidden_TH.norm() < 0.03
+
+
+def test_a_non_contiguous_tensor_travels_row_major() -> None:
+    wide = torch.randn(8, 6)
+    got = decode_partial(encode_partial(0, wide.t())).partial_TH
+    assert got is not None
+    torch.testing.assert_close(got, wide.t(), rtol=0, atol=0)
+
+
+def test_an_empty_call_travels() -> None:
+    call = ExpertCall(
+        layer=0,
+        hidden_TH=torch.empty(0, 16),
+        expert_ids_S=torch.empty(0, dtype=torch.int32),
+        offsets_S1=torch.zeros(1, dtype=torch.int32),
+        token_rows_R=torch.empty(0, dtype=torch.int32),
+        weights_R=torch.empty(0),
+    )
+    assert decode_call(encode_call(call)).call.hidden_TH.shape == (0, 16)
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("expert_ids", lambda m: setattr(m, "expert_ids", m.expert_ids[:-1])),
+        ("expert_ids", lambda m: setattr(m, "expert_ids", m.expert_ids[4:] + m.expert_ids[:4])),
+        ("offsets", lambda m: setattr(m, "offsets", m.offsets[:-4])),
+        ("offsets", lambda m: setattr(m, "offsets", m.offsets[:-4] + b"\x09\0\0\0")),
+        ("token_rows", lambda m: setattr(m, "token_rows", m.token_rows[:-4] + b"\x03\0\0\0")),
+        ("token_rows", lambda m: setattr(m, "token_rows", m.token_rows[:-4] + b"\xff\xff\xff\xff")),
+        ("weights", lambda m: setattr(m, "weights", b"")),
+        ("reply_dtype", lambda m: setattr(m, "reply_dtype", 77)),
+        ("hidden.dtype", lambda m: setattr(m.hidden, "dtype", 0)),
+        ("hidden.data", lambda m: setattr(m.hidden, "data", m.hidden.data[:-1])),
+        ("hidden.shape", lambda m: m.hidden.shape.append(1)),
+        ("hidden.scales", lambda m: (setattr(m.hidden, "dtype", 4), setattr(m.hidden, "data", bytes(600)))),
+    ],
+)
+def test_a_bad_field_is_named_and_the_call_known(field: str, change: object) -> None:
+    request = pb.ForwardRequest.FromString(encode_call(make_call(), 41))
+    assert callable(change)
+    change(request)
+    with pytest.raises(BadCall, match=f"^{field}: ") as caught:
+        decode_call(request.SerializeToString())
+    assert (caught.value.field, caught.value.call_id) == (field, 41)
+
+
+@pytest.mark.parametrize("data", [b"\x0f", b"\xff" * 20, b"\x7a\xff", encode_call(make_call())[:-5]])
+def test_bytes_that_are_no_message_are_refused(data: bytes) -> None:
+    with pytest.raises(RequestError, match=r"^message: "):
+        decode_call(data)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (ExpertNotResident("layer 3 expert 4"), ExpertNotResident),
+        (RequestError("hidden.shape: wrong"), RequestError),
+        (RuntimeError("out of memory"), MeshError),
+    ],
+)
+def test_failures_come_back_as_errors(raised: Exception, expected: type[MeshError]) -> None:
+    reply = decode_partial(encode_failure(5, raised))
+    assert reply.call_id == 5
+    assert reply.partial_TH is None
+    assert type(reply.error) is expected
+    assert str(raised) in str(reply.error)
