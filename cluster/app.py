@@ -1,0 +1,57 @@
+"""Composition root: mesh.yaml in, Ray Serve application out.
+
+`import_path: cluster.app:build` with the mesh.yaml document as `args` serves it from `serve run`, `serve deploy` and a
+RayService.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.serve import Application
+
+from cluster.config.load import parse_mesh
+from cluster.config.mesh import EngineConfig, ExpertsConfig
+from cluster.deployments import ControllerDeployment, EngineDeployment, GroupDeployment
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application for one mesh.yaml document: a controller, a deployment per expert group, and the engine.
+
+    Raises ConfigError.
+    """
+    config = parse_mesh(args, origin="mesh")
+    document = config.model_dump(mode="json")
+    engine = EngineDeployment.options(
+        ray_actor_options=_actor_options(config.engine), **_scaling(config.autoscaling.engine, config.engine.replicas)
+    )
+    if config.router.transport == "in_process":
+        return engine.bind(document, None)
+    controller = ControllerDeployment.bind(document)
+    groups = [
+        GroupDeployment.options(
+            name=f"experts-{group}",
+            ray_actor_options=_actor_options(config.experts),
+            **_scaling(config.autoscaling.experts, 1),
+        ).bind(group, document, controller)
+        for group in range(config.experts.groups)
+    ]
+    return engine.bind(document, controller, *groups)
+
+
+def _scaling(autoscaling: dict[str, Any] | None, replicas: int) -> dict[str, Any]:
+    return {"autoscaling_config": autoscaling} if autoscaling else {"num_replicas": replicas}
+
+
+def _actor_options(section: EngineConfig | ExpertsConfig) -> dict[str, Any]:
+    gpus = section.num_gpus
+    if gpus == "auto":
+        has_gpu = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+        gpus = 1.0 if section.device == "cuda" or (section.device == "auto" and has_gpu) else 0.0
+    options: dict[str, Any] = {"num_cpus": section.num_cpus, "num_gpus": gpus}
+    if section.resources:
+        options["resources"] = section.resources
+    if section.label_selector:
+        options["label_selector"] = section.label_selector
+    return options

@@ -1,0 +1,1 @@
+"""One command of `expertmesh` a file; `cluster.cli` lists them."""

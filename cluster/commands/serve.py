@@ -1,0 +1,172 @@
+"""`expertmesh serve`: everything up, a first completion, the URLs; then wait, and take everything down again."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import httpx
+import ray
+import typer
+from ray import serve
+
+from cluster.app import build
+from cluster.checkpoints import check_model
+from cluster.commands.generate import stream_completion
+from cluster.commands.progress import Progress
+from cluster.config.load import load_mesh
+from cluster.config.mesh import MeshConfig
+from cluster.running_app import APPLICATION, connect, deployment_failure
+from experts.errors import ConfigError
+
+_PROMPT = "def main("
+
+
+def command(
+    mesh: Annotated[Path, typer.Argument(help="mesh.yaml")],
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to join; without one, Ray starts here")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Overrides http.host")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Overrides http.port")] = None,
+    prompt: Annotated[str, typer.Option(help="What the first completion continues")] = _PROMPT,
+) -> None:
+    """Serve a model until Ctrl-C."""
+    config = load_mesh(mesh)
+    http = config.http.model_copy(update={k: v for k, v in {"host": host, "port": port}.items() if v is not None})
+    config = config.model_copy(update={"http": http})
+    stop = threading.Event()
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        stop.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
+    progress = Progress()
+    try:
+        with progress.phase("model"):
+            check_model(config)
+        _check_port(http.host, http.port)
+        with _ray(address, progress):
+            _deploy(config, progress)
+            url = f"http://{'127.0.0.1' if http.host == '0.0.0.0' else http.host}:{http.port}"
+            with progress.phase("first completion"):
+                _first_completion(config, url, prompt, progress)
+            progress.say(_ready(url, prompt, config))
+            stop.wait()
+    except KeyboardInterrupt:
+        progress.say("stopped")
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"http.port: cannot listen on {host}:{port} ({error.strerror}); "
+                "stop what listens there or choose another with --port (make serve PORT=...)"
+            ) from None
+
+
+@contextmanager
+def _ray(address: str | None, progress: Progress) -> Iterator[None]:
+    """Join the cluster at `address`, or start Ray on this machine's loopback; undo whichever it was."""
+    with progress.phase("Ray"):
+        if address:
+            connect(address)
+        else:
+            # Loopback only: expert groups listen on the node's address, and a laptop should not offer them around.
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+            )
+    try:
+        yield
+    finally:
+        progress.say("stopping ...")
+        if address:
+            serve.delete(APPLICATION)
+        else:
+            serve.shutdown()
+        ray.shutdown()
+
+
+def _deploy(config: MeshConfig, progress: Progress) -> None:
+    http = config.http
+    with progress.phase("Serve"):
+        serve.start(http_options={"host": http.host, "port": http.port, "request_timeout_s": None})
+        application = build(config.model_dump(mode="json"))
+    with progress.phase("experts and engine"), ThreadPoolExecutor(1) as pool:
+        running = pool.submit(serve.run, application, name=APPLICATION, route_prefix="/")
+        while not running.done():
+            progress.update(_loading())
+            time.sleep(0.25)
+        if running.exception() is not None:
+            raise ConfigError(deployment_failure()) from None
+
+
+def _loading() -> str:
+    """One line: which groups are ready, how many bytes are loaded."""
+    application = serve.status().applications.get(APPLICATION)
+    if application is None:
+        return "starting actors"
+    states = {name: deployment.status.value for name, deployment in application.deployments.items()}
+    if states.get("controller") != "HEALTHY":
+        return "starting the controller"
+    try:
+        status = serve.get_deployment_handle("controller", APPLICATION).status.remote().result(timeout_s=2)
+    except Exception as error:  # it may be restarting; the next look will tell
+        return f"waiting for the controller ({type(error).__name__})"
+    replicas = [replica for group in status["groups"] for replica in group["replicas"]]
+    ready = sum(replica["ready"] for replica in replicas)
+    loaded, total = (sum(replica[key] for replica in replicas) for key in ("loaded_bytes", "total_bytes"))
+    return f"{ready}/{len(status['groups'])} groups ready, {loaded / 1e6:.1f} of {total / 1e6:.1f} MB loaded"
+
+
+def _api_headers(config: MeshConfig) -> dict[str, str]:
+    if config.http.api_keys_file is None:
+        return {}
+    keys = Path(config.http.api_keys_file).read_text(encoding="utf-8").split()
+    return {"Authorization": f"Bearer {keys[0]}"}
+
+
+def _first_completion(config: MeshConfig, url: str, prompt: str, progress: Progress) -> None:
+    """Stream one completion through the endpoint itself, to standard output."""
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": 64, "temperature": 0.0, "stream": True}
+    with httpx.Client(base_url=url, headers=_api_headers(config), timeout=httpx.Timeout(10, read=None)) as client:
+        pieces = stream_completion(client, body)
+        first = next(pieces, "")
+        progress.say("")
+        typer.echo(prompt + first, nl=False)
+        for piece in pieces:
+            typer.echo(piece, nl=False)
+        typer.echo("\n")
+
+
+def _ready(url: str, prompt: str, config: MeshConfig) -> str:
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.http.api_keys_file else ""
+    return (
+        "The same with curl:\n"
+        f"  curl -N {url}/v1/completions -H 'Content-Type: application/json'{key} \\\n"
+        f"    -d '{{\"prompt\": \"{prompt}\", \"max_tokens\": 64, \"temperature\": 0, \"stream\": true}}'\n"
+        f"OpenAI base URL  {url}/v1\n"
+        f"Health           {url}/health\n"
+        f"Metrics          {url}/metrics\n"
+        "Status           expertmesh status\n"
+        "Ctrl-C stops everything."
+    )

@@ -1,0 +1,140 @@
+"""The Serve deployments (each replica is a Ray actor) around our plain classes. No logic of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.checkpoints import open_checkpoint
+from cluster.config.load import parse_mesh
+from cluster.control.client import ServeControllerClient
+from cluster.control.controller import Assignment, Controller
+from cluster.engine_host import EngineHost
+from cluster.group_host import GroupHost, HostIdentity
+from experts.spec import ExpertKey
+from experts.weights.layout import describe_experts
+from router_service.placement import GroupReplica, PlacementTable
+from router_service.transport.grpc_health import watch_health
+
+Document = Mapping[str, Any]
+
+# Long-lived watches and waiting requests count as ongoing: our own queue bounds them, not Serve's.
+_UNBOUNDED = 100_000
+
+
+def _identity() -> HostIdentity:
+    context = ray.get_runtime_context()
+    return HostIdentity(
+        replica=serve.get_replica_context().replica_tag,
+        node=context.get_node_id(),
+        host=ray.util.get_node_ip_address(),
+        actor=context.get_actor_name() or "",
+    )
+
+
+@serve.deployment(
+    name="controller",
+    max_ongoing_requests=_UNBOUNDED,
+    health_check_period_s=1,
+    health_check_timeout_s=10,
+    graceful_shutdown_timeout_s=1,
+    ray_actor_options={"num_cpus": 0},
+)
+class ControllerDeployment:
+    """Controller of the application; one replica."""
+
+    async def __init__(self, document: Document) -> None:
+        config = parse_mesh(document, origin="mesh")
+        layout = describe_experts(*open_checkpoint(config.model))
+        self._controller = Controller(
+            experts_per_layer=layout.experts_per_layer,
+            num_groups=config.experts.groups,
+            num_redundant_experts=config.experts.num_redundant_experts,
+            watch_health=watch_health,
+        )
+
+    async def join(
+        self, replica: GroupReplica, *, device: str, resident: frozenset[ExpertKey], known_version: int
+    ) -> Assignment:
+        return await self._controller.join(replica, device=device, resident=resident, known_version=known_version)
+
+    async def progress(self, replica: str, loaded_bytes: int, total_bytes: int) -> None:
+        await self._controller.progress(replica, loaded_bytes, total_bytes)
+
+    async def ready(self, replica: str) -> None:
+        await self._controller.ready(replica)
+
+    async def leave(self, replica: str) -> None:
+        await self._controller.leave(replica)
+
+    async def watch(self, known_version: int) -> AsyncIterator[PlacementTable]:
+        async for table in self._controller.watch(known_version):
+            yield table
+
+    async def status(self) -> dict[str, Any]:
+        return self._controller.status()
+
+
+@serve.deployment(
+    max_ongoing_requests=_UNBOUNDED,
+    health_check_period_s=1,
+    health_check_timeout_s=30,
+    graceful_shutdown_timeout_s=30,
+    graceful_shutdown_wait_loop_s=0.1,
+)
+class GroupDeployment:
+    """One expert group; every replica of this deployment is a whole copy of the group."""
+
+    async def __init__(self, group: int, document: Document, controller: DeploymentHandle) -> None:
+        self._host = GroupHost(
+            group=group,
+            config=parse_mesh(document, origin="mesh"),
+            controller=ServeControllerClient(controller),
+            identity=_identity(),
+        )
+        await self._host.start()
+
+    async def check_health(self) -> None:
+        self._host.check()
+
+    async def __del__(self) -> None:
+        if host := getattr(self, "_host", None):
+            await host.stop()
+
+
+@serve.deployment(
+    name="engine",
+    max_ongoing_requests=_UNBOUNDED,
+    health_check_period_s=1,
+    health_check_timeout_s=30,
+    graceful_shutdown_timeout_s=60,
+    graceful_shutdown_wait_loop_s=0.1,
+)
+@serve.ingress()
+class EngineDeployment:
+    """The HTTP ingress: OpenAI API, engine and router in one process."""
+
+    async def __init__(
+        self, document: Document, controller: DeploymentHandle | None, *groups: DeploymentHandle
+    ) -> None:
+        # The groups' handles are taken so that Serve deploys them with the application; calls go straight to them.
+        self._host = EngineHost(
+            config=parse_mesh(document, origin="mesh"),
+            controller=ServeControllerClient(controller) if controller is not None else None,
+        )
+        await self._host.start()
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._host.app
+
+    async def check_health(self) -> None:
+        self._host.check()
+
+    async def __del__(self) -> None:
+        if host := getattr(self, "_host", None):
+            await host.stop()
