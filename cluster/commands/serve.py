@@ -159,11 +159,12 @@ def _first_completion(config: MeshConfig, url: str, prompt: str, progress: Progr
 
 
 def _ready(url: str, prompt: str, config: MeshConfig) -> str:
+    name = config.model.served_name or Path(config.model.source).name
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.http.api_keys_file else ""
     return (
         "The same with curl:\n"
         f"  curl -N {url}/v1/completions -H 'Content-Type: application/json'{key} \\\n"
-        f"    -d '{{\"prompt\": \"{prompt}\", \"max_tokens\": 64, \"temperature\": 0, \"stream\": true}}'\n"
+        f"    -d '{{\"model\": \"{name}\", \"prompt\": \"{prompt}\", \"max_tokens\": 64, \"temperature\": 0, \"stream\": true}}'\n"
         f"OpenAI base URL  {url}/v1\n"
         f"Health           {url}/health\n"
         f"Metrics          {url}/metrics\n"
