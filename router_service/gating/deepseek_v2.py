@@ -25,7 +25,7 @@ class DeepseekV2Gate:
         spec = self._spec
         scores_TE = gate_logits(hidden_TH, self._weight_EH).softmax(dim=-1)
         if spec.n_group is not None and spec.topk_group is not None:
-            group_scores_TG = scores_TE.unflatten(-1, (spec.n_group, -1)).amax(dim=-1)
+            group_scores_TG = scores_TE.view(len(scores_TE), spec.n_group, -1).amax(dim=-1)
             scores_TE = keep_best_groups(scores_TE, group_scores_TG, spec.topk_group, 0.0)
         weights_TK, expert_ids_TK = scores_TE.topk(spec.num_experts_per_tok, dim=-1, sorted=False)
         return GateOutput(expert_ids_TK, weights_TK * spec.routed_scaling_factor)

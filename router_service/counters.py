@@ -1,0 +1,53 @@
+"""What a router has done, as plain numbers that an exporter may read at any time."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import numpy.typing as npt
+
+
+class RouterCounters:
+    """Only ever grow. Written under one lock; a reader may see a call half counted.
+
+    batches, tokens:   route and dispatch calls, and tokens in them
+    calls, rows:       calls to groups, and routed rows in them
+    token_copies:      hidden states sent (one per token and group)
+    bytes_sent, bytes_received: tensor bytes to and from groups, local or not
+    failovers:         parts that another replica or a later table had to answer
+    degraded_tokens:   tokens that lost at least one expert's contribution (`on_expert_loss: degrade`)
+    expert_tokens:     layer -> int64 [E], tokens that chose each expert
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.batches = 0
+        self.tokens = 0
+        self.calls = 0
+        self.rows = 0
+        self.token_copies = 0
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.failovers = 0
+        self.degraded_tokens = 0
+        self.expert_tokens: dict[int, npt.NDArray[np.int64]] = {}
+
+    def batch(self, layer: int, num_tokens: int, tokens_per_expert_E: npt.NDArray[np.int64]) -> None:
+        """Count a batch that was planned."""
+        with self.lock:
+            self.batches += 1
+            self.tokens += num_tokens
+            counted = self.expert_tokens.get(layer)
+            if counted is None:
+                self.expert_tokens[layer] = tokens_per_expert_E.copy()
+            else:
+                counted += tokens_per_expert_E
+
+    def call(self, num_rows: int, num_tokens: int, num_bytes: int) -> None:
+        """Count a call that was sent to a group."""
+        with self.lock:
+            self.calls += 1
+            self.rows += num_rows
+            self.token_copies += num_tokens
+            self.bytes_sent += num_bytes

@@ -1,0 +1,70 @@
+"""Which replica of a group takes a call: the live one with the fewest rows in flight."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from router_service.placement import GroupReplica
+from router_service.table_view import TableView
+
+# A replica that failed is tried again after so long if nothing replaced it: a broken path may be whole again.
+RETRY_S = 1.0
+
+
+class ReplicaChoice:
+    """Load and health of replicas as this router sees them. Thread-safe."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._rows_in_flight: dict[str, int] = {}
+        self._lost_at: dict[str, float] = {}
+
+    def choose(self, view: TableView, group: int) -> GroupReplica | None:
+        """The replica to send to, None where the group has none alive."""
+        replicas = view.replicas[group]
+        with self._lock:
+            if len(replicas) == 1 and not self._lost_at:
+                return replicas[0]
+            live = [replica for replica in replicas if self._alive(replica)]
+            return min(live, key=lambda replica: self._rows_in_flight.get(replica.replica, 0), default=None)
+
+    def unreachable(self, view: TableView) -> frozenset[int]:
+        """Groups of the table without a live replica."""
+        if not self._lost_at:
+            return view.missing
+        with self._lock:
+            return frozenset(
+                group
+                for group, replicas in enumerate(view.replicas)
+                if not any(self._alive(replica) for replica in replicas)
+            )
+
+    def sent(self, replica: GroupReplica, rows: int) -> None:
+        with self._lock:
+            self._rows_in_flight[replica.replica] = self._rows_in_flight.get(replica.replica, 0) + rows
+
+    def answered(self, replica: GroupReplica, rows: int) -> None:
+        with self._lock:
+            left = self._rows_in_flight.get(replica.replica, 0) - rows
+            if left > 0:
+                self._rows_in_flight[replica.replica] = left
+            else:
+                self._rows_in_flight.pop(replica.replica, None)
+
+    def lost(self, replica: GroupReplica) -> None:
+        """The replica failed a call: leave it out until RETRY_S has passed."""
+        with self._lock:
+            self._lost_at[replica.replica] = self._clock()
+
+    def forget(self, replicas: tuple[GroupReplica, ...]) -> None:
+        """Forget the failures of replicas that left the table."""
+        with self._lock:
+            for replica in replicas:
+                self._lost_at.pop(replica.replica, None)
+
+    def _alive(self, replica: GroupReplica) -> bool:
+        lost_at = self._lost_at.get(replica.replica)
+        return lost_at is None or self._clock() - lost_at >= RETRY_S
