@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How tokens of one sequence are chosen. Names and meanings are OpenAI's and vLLM's; ranges are checked at the API.
+    """How tokens of one sequence are chosen. Names and meanings are OpenAI's and vLLM's; the API checks.
 
     max_tokens: most tokens to generate; the engine also stops at max_model_len
     logprobs:   None, or how many alternatives to report beside the chosen token (0 to 20)
@@ -47,11 +47,13 @@ class TokenEvent:
 
     token_id:      the token, None where the sequence ended without one (abort, error)
     finish_reason: None while it goes on
+    queued_s:      on a sequence's first event, the seconds that it waited before its first step
     error:         message and HTTP status where finish_reason is "error"
     """
 
     token_id: int | None
     logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None
+    queued_s: float | None = None
     error: str | None = None
     error_status: int = 500
