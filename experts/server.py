@@ -1,0 +1,127 @@
+"""ExpertService over gRPC: one thread a stream, which reads a call, runs it and answers it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from experts.errors import ConfigError, ExpertNotResident, RequestError
+from experts.group import ExpertGroup
+from experts.wire.codec import MAX_MESSAGE_BYTES, BadCall, decode_call, encode_failure, encode_partial
+from experts.wire.v1 import expert_pb2 as pb
+
+SERVICE = pb.DESCRIPTOR.services_by_name["ExpertService"].full_name
+
+_MAX_STREAMS = 512
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+)
+
+
+class ExpertServer:
+    """Serves one group on `host:port` (0: a free port), with standard health checking and reflection.
+
+    address: host:port that it listens on
+
+    Raises ConfigError where the port is taken.
+    """
+
+    def __init__(self, group: ExpertGroup, host: str = "127.0.0.1", port: int = 0) -> None:
+        self._group = group
+        self._idle = threading.Condition()
+        self._calls = 0
+        self._server = grpc.server(ThreadPoolExecutor(_MAX_STREAMS, "expert-stream"), options=_OPTIONS)
+        handlers = {
+            "Forward": grpc.unary_unary_rpc_method_handler(self._forward),
+            "Stream": grpc.stream_stream_rpc_method_handler(self._stream),
+            "Describe": grpc.unary_unary_rpc_method_handler(
+                self._describe, pb.DescribeRequest.FromString, pb.DescribeReply.SerializeToString
+            ),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+        try:
+            bound = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError:
+            raise ConfigError(f"cannot listen on {host}:{port}; is the port taken?") from None
+        self.address = f"{host}:{bound}"
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._server.start()
+        for service in ("", SERVICE):
+            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    def stop(self, grace_s: float = 10.0) -> None:
+        """Tell health watchers, answer the calls that are being computed, close every stream.
+
+        grace_s: longest wait for those calls
+        """
+        self._health.enter_graceful_shutdown()
+        with self._idle:
+            self._idle.wait_for(lambda: not self._calls, grace_s)
+        self._server.stop(grace=None).wait()
+
+    def _stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        for request in requests:
+            # gRPC resumes us once the answer is out, so a call counts until then.
+            with self._counted():
+                yield self._answer(request)
+
+    def _answer(self, request: bytes) -> bytes:
+        call_id = 0
+        try:
+            wire = decode_call(request)
+            call_id = wire.call_id
+            return encode_partial(call_id, self._group.forward(wire.call), wire.reply_dtype)
+        except Exception as error:
+            # Whatever went wrong, the stream and its other calls live on.
+            return encode_failure(error.call_id if isinstance(error, BadCall) else call_id, error)
+
+    def _forward(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        with self._counted():
+            try:
+                wire = decode_call(request)
+                return encode_partial(wire.call_id, self._group.forward(wire.call), wire.reply_dtype)
+            except RequestError as error:
+                code = grpc.StatusCode.INVALID_ARGUMENT
+                if isinstance(error, ExpertNotResident):
+                    code = grpc.StatusCode.NOT_FOUND
+                context.abort(code, str(error))
+                raise AssertionError("abort raises") from None
+
+    def _describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
+        described = self._group.describe()
+        return pb.DescribeReply(
+            group=described.group,
+            device=described.device,
+            hidden_size=described.spec.hidden_size,
+            intermediate_size=described.spec.intermediate_size,
+            slots=[
+                pb.DescribeReply.Slot(layer=key.layer, expert=key.expert, checksum=checksum)
+                for key, checksum in described.checksums.items()
+            ],
+        )
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._idle:
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._calls -= 1
+                self._idle.notify_all()
