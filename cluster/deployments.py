@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import ray
@@ -10,16 +10,25 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster.checkpoints import open_checkpoint
 from cluster.config.load import parse_mesh
 from cluster.control.client import ServeControllerClient
 from cluster.control.controller import Assignment, Controller
 from cluster.engine_host import EngineHost
 from cluster.group_host import GroupHost, HostIdentity
+from cluster.model_files import open_checkpoint
 from experts.spec import ExpertKey
 from experts.weights.layout import describe_experts
 from router_service.placement import GroupReplica, PlacementTable
+from router_service.transport.base import Transport
 from router_service.transport.grpc_health import watch_health
+from router_service.transport.grpc_stream import GrpcTransport
+from router_service.transport.ray_refs import RayRefsTransport, serve_calls
+
+_TRANSPORTS: Mapping[str, Callable[[], Transport | None]] = {
+    "in_process": lambda: None,
+    "grpc": GrpcTransport,
+    "ray": lambda: RayRefsTransport(namespace="serve"),
+}
 
 Document = Mapping[str, Any]
 
@@ -50,7 +59,8 @@ class ControllerDeployment:
 
     async def __init__(self, document: Document) -> None:
         config = parse_mesh(document, origin="mesh")
-        layout = describe_experts(*open_checkpoint(config.model))
+        checkpoint = open_checkpoint(config.model)
+        layout = describe_experts(checkpoint, checkpoint.config())
         self._controller = Controller(
             experts_per_layer=layout.experts_per_layer,
             num_groups=config.experts.groups,
@@ -91,12 +101,14 @@ class GroupDeployment:
     """One expert group; every replica of this deployment is a whole copy of the group."""
 
     async def __init__(self, group: int, document: Document, controller: DeploymentHandle) -> None:
+        identity = _identity()
         self._host = GroupHost(
             group=group,
             config=parse_mesh(document, origin="mesh"),
             controller=ServeControllerClient(controller),
-            identity=_identity(),
+            identity=identity,
         )
+        serve_calls(identity.replica, self._host.group)
         await self._host.start()
 
     async def check_health(self) -> None:
@@ -123,9 +135,11 @@ class EngineDeployment:
         self, document: Document, controller: DeploymentHandle | None, *groups: DeploymentHandle
     ) -> None:
         # The groups' handles are taken so that Serve deploys them with the application; calls go straight to them.
+        config = parse_mesh(document, origin="mesh")
         self._host = EngineHost(
-            config=parse_mesh(document, origin="mesh"),
+            config=config,
             controller=ServeControllerClient(controller) if controller is not None else None,
+            transport=_TRANSPORTS[config.router.transport](),
         )
         await self._host.start()
 

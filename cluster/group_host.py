@@ -1,5 +1,5 @@
 """Hosts one expert group in one process: serve, join, load what was assigned, ready; and again when the controller
-is lost. Knows no Ray: `cluster.deployments` wraps it as a Ray actor and as a Serve deployment."""
+is lost. Knows no Ray: `cluster.deployments` wraps it as a Serve deployment, whose replicas are Ray actors."""
 
 from __future__ import annotations
 
@@ -9,22 +9,18 @@ import os
 import time
 from dataclasses import dataclass
 
-import torch
-
-from cluster.checkpoints import open_checkpoint
 from cluster.config.mesh import MeshConfig
 from cluster.control.client import ControllerClient
 from cluster.control.controller import Assignment
-from cluster.control.follow import RETRY_S
+from cluster.model_files import open_checkpoint, pick_device, pick_dtype
 from experts.group import ExpertGroup
-from experts.ops.backend import build_backend
 from experts.server import ExpertServer
 from experts.weights.layout import describe_experts
-from router_service.placement import GroupReplica, PlacementTable
-from router_service.transport.ray_refs import serve_calls
+from router_service.placement import GroupReplica
 
 log = logging.getLogger(__name__)
-_PROGRESS_S = 1.0
+_RETRY_S = 0.5
+_PROGRESS_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,27 +37,90 @@ class HostIdentity:
 
 
 class GroupHost:
-    """One replica of one expert group. `start()` returns when it holds its experts and engines may call it."""
+    """One replica of one expert group.
+
+    Raises CheckpointError or ConfigError where the model cannot be read.
+    """
 
     def __init__(
         self, *, group: int, config: MeshConfig, controller: ControllerClient, identity: HostIdentity
     ) -> None:
-        self._config = config
         self._controller = controller
-        self._checkpoint, model_config = open_checkpoint(config.model)
+        self._checkpoint = open_checkpoint(config.model)
+        model_config = self._checkpoint.config()
         self._layout = describe_experts(self._checkpoint, model_config)
-        self._device = _device(config.experts.device)
-        dtype = model_dtype(config.model.dtype, model_config, self._device)
-        backend = build_backend(
+        device = pick_device(config.experts.device)
+        self.group = ExpertGroup(
+            group,
             self._layout.spec,
-            device=self._device,
-            dtype=dtype,
+            device=device,
+            dtype=pick_dtype(config.model.dtype, model_config, device),
             quantization=config.model.quantization,
-            num_threads=1,
         )
-        self._group = ExpertGroup(group, self._layout.spec, backend)
-        self._server = ExpertServer(self._group, host=identity.host)
-        self._identity = identity
+        host = identity.host if config.experts.listen_host == "auto" else config.experts.listen_host
+        self._server = ExpertServer(self.group, host=host)
+        self._device = str(device)
+        self._me = GroupReplica(
+            group=group,
+            replica=identity.replica,
+            node=identity.node,
+            address=self._server.address,
+            actor=identity.actor,
+        )
         self._version = 0
-        self._loaded = asyncio.Event()
-        self._member: asyncio.Task[None] | None = None
+        self._entered = asyncio.Event()
+        self._membership: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Return when the group holds its experts and the table says so. Raises what loading raised."""
+        self._server.start()
+        self._membership = asyncio.create_task(self._stay_member())
+        entered = asyncio.create_task(self._entered.wait())
+        await asyncio.wait({entered, self._membership}, return_when=asyncio.FIRST_COMPLETED)
+        if self._membership.done():
+            entered.cancel()
+            await self._membership
+
+    def check(self) -> None:
+        """Raise if this replica no longer takes part."""
+        if self._membership is not None and self._membership.done():
+            self._membership.result()
+
+    async def stop(self) -> None:
+        """Leave the table, finish the calls in flight, stop answering."""
+        if self._membership is not None:
+            self._membership.cancel()
+        await self._controller.leave(self._me.replica)
+        await asyncio.to_thread(self._server.stop)
+
+    async def _stay_member(self) -> None:
+        """Join, load, be ready; when the controller is lost, announce to the next one what is held already."""
+        while True:
+            try:
+                resident = frozenset(self.group.describe().checksums)
+                assignment = await self._controller.join(
+                    self._me, device=self._device, resident=resident, known_version=self._version
+                )
+                await self._load(assignment)
+                await self._controller.ready(self._me.replica)
+                self._entered.set()
+                async for table in self._controller.watch(self._version):
+                    self._version = table.version
+            except (ValueError, asyncio.CancelledError):
+                raise  # a model that cannot be loaded stays so
+            except Exception as error:  # whatever Ray raises for a controller that died
+                log.warning("lost the controller (%s); joining again", type(error).__name__)
+            await asyncio.sleep(_RETRY_S)
+
+    async def _load(self, assignment: Assignment) -> None:
+        self.group.use_threads(max(1, len(os.sched_getaffinity(0)) // assignment.groups_on_node))
+        loop, told = asyncio.get_running_loop(), 0.0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal told
+            if done == total or time.monotonic() - told > _PROGRESS_S:
+                told = time.monotonic()
+                log.info("loaded %.1f of %.1f MB", done / 1e6, total / 1e6)
+                asyncio.run_coroutine_threadsafe(self._controller.progress(self._me.replica, done, total), loop)
+
+        await asyncio.to_thread(self.group.assign, self._layout, self._checkpoint, assignment.keys, progress)

@@ -20,11 +20,11 @@ import typer
 from ray import serve
 
 from cluster.app import build
-from cluster.checkpoints import check_model
 from cluster.commands.generate import stream_completion
 from cluster.commands.progress import Progress
 from cluster.config.load import load_mesh
 from cluster.config.mesh import MeshConfig
+from cluster.model_files import check_model
 from cluster.running_app import APPLICATION, connect, deployment_failure
 from experts.errors import ConfigError
 
@@ -58,6 +58,10 @@ def command(
             check_model(config)
         _check_port(http.host, http.port)
         with _ray(address, progress):
+            if not address:
+                # A laptop should not offer its experts around.
+                local = config.experts.model_copy(update={"listen_host": "127.0.0.1"})
+                config = config.model_copy(update={"experts": local})
             _deploy(config, progress)
             url = f"http://{'127.0.0.1' if http.host == '0.0.0.0' else http.host}:{http.port}"
             with progress.phase("first completion"):
@@ -87,14 +91,7 @@ def _ray(address: str | None, progress: Progress) -> Iterator[None]:
         if address:
             connect(address)
         else:
-            # Loopback only: expert groups listen on the node's address, and a laptop should not offer them around.
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _node_ip_address="127.0.0.1",
-            )
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:

@@ -29,6 +29,7 @@ class ExpertsConfig(_Section):
     num_redundant_experts: Annotated[int, Field(ge=0)] = 0
     placement: Literal["balanced"] = "balanced"
     on_expert_loss: Literal["failover", "reload", "degrade", "fail"] = "failover"
+    listen_host: str = Field("auto", description="Address that groups listen on; auto: their Ray node's")
     label_selector: dict[str, str] = Field(default_factory=dict, description="Ray node labels that groups need")
     resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources of each group")
 

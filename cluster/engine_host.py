@@ -1,0 +1,174 @@
+"""Hosts one engine in one process: router, skeleton, engine and HTTP application, put together. Knows no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import torch
+from fastapi import FastAPI
+
+from cluster.config.mesh import MeshConfig
+from cluster.control.client import ControllerClient
+from cluster.control.follow import follow_tables
+from cluster.model_files import open_checkpoint, pick_device, pick_dtype
+from cluster.serving.engine import Engine
+from cluster.serving.health import GroupHealth, Health
+from cluster.serving.openai_api import create_app
+from cluster.serving.skeleton import ModelSkeleton, load_skeleton
+from cluster.serving.tokenizer import Tokenizer, load_tokenizer
+from experts.errors import ConfigError
+from experts.group import ExpertGroup
+from experts.spec import ExpertKey
+from experts.weights.checkpoint import Checkpoint
+from experts.weights.layout import describe_experts
+from router_service.placement import GroupReplica, PlacementTable, balanced
+from router_service.router import Router
+from router_service.transport.base import Transport
+from router_service.transport.in_process import InProcessTransport
+
+
+class EngineHost:
+    """One engine replica.
+
+    controller, transport: who publishes placement tables and how calls reach the groups in them; None with
+    `router.transport: in_process`, where the experts live in this process.
+
+    Raises CheckpointError or ConfigError where the model cannot be read.
+    """
+
+    def __init__(
+        self, *, config: MeshConfig, controller: ControllerClient | None, transport: Transport | None
+    ) -> None:
+        self._config = config
+        self._controller = controller
+        self._transport = transport
+        self._api_keys = _read_api_keys(config.http.api_keys_file)
+        self._has_table = asyncio.Event()
+        self._following: asyncio.Task[None] | None = None
+        self._router: Router | None = None
+        self._engine: Engine | None = None
+        self._app: FastAPI | None = None
+
+    @property
+    def app(self) -> FastAPI:
+        """The HTTP application, after `start`."""
+        assert self._app is not None, "start() comes first"
+        return self._app
+
+    async def start(self) -> None:
+        """Return when requests can be answered."""
+        config = self._config
+        checkpoint = open_checkpoint(config.model)
+        skeleton, tokenizer = await asyncio.to_thread(self._load, checkpoint)
+        table = None
+        if self._transport is None:
+            table, self._transport = await asyncio.to_thread(_local_experts, checkpoint, config)
+        self._router = Router(
+            self._transport,
+            skeleton.gates,
+            recovery_timeout_s=config.router.recovery_timeout_s,
+            on_expert_loss=config.experts.on_expert_loss,
+        )
+        skeleton.connect(self._router)
+        self._engine = Engine(
+            skeleton,
+            max_num_seqs=config.engine.max_num_seqs,
+            max_num_batched_tokens=config.engine.max_num_batched_tokens,
+            max_model_len=config.engine.max_model_len,
+            kv_cache_memory=config.engine.kv_cache_memory,
+            max_queue_len=config.engine.max_queue_len,
+        )
+        self._engine.start()
+        self._app = create_app(
+            self._engine,
+            tokenizer,
+            model_name=config.model.served_name or Path(config.model.source).name,
+            health=self._health,
+            api_keys=self._api_keys,
+        )
+        if table is not None:
+            self._router.update(table)
+        else:
+            assert self._controller is not None, "groups in other processes need a controller"
+            self._following = asyncio.create_task(follow_tables(self._controller, self._on_table))
+            await self._has_table.wait()
+
+    def check(self) -> None:
+        """Raise if this engine no longer works."""
+        if self._following is not None and self._following.done():
+            self._following.result()
+        assert self._engine is None or self._engine.alive, "the engine's thread has died"
+
+    async def stop(self) -> None:
+        """Stop the engine; sequences that are still running end with an error event."""
+        if self._following is not None:
+            self._following.cancel()
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.stop)
+        if self._router is not None:
+            self._router.close()
+
+    def _load(self, checkpoint: Checkpoint) -> tuple[ModelSkeleton, Tokenizer]:
+        device = pick_device(self._config.engine.device)
+        dtype = pick_dtype(self._config.model.dtype, checkpoint.config(), device)
+        if dtype is not torch.float32 and device.type == "cpu":
+            raise ConfigError(f"model.dtype: {self._config.model.dtype} is for GPUs; use auto or float32 on a CPU")
+        return load_skeleton(checkpoint.directory, dtype=dtype, device=device), load_tokenizer(checkpoint.directory)
+
+    def _on_table(self, table: PlacementTable) -> None:
+        assert self._router is not None
+        self._router.update(table)
+        self._has_table.set()
+
+    def _health(self) -> Health:
+        table = self._router.table if self._router is not None else None
+        if table is None:
+            return Health(problems=("no placement table yet: expert groups are still loading",))
+        missing = set(table.missing_groups())
+        reason = f"no live replica in placement version {table.version}; its actor is being restarted"
+        return Health(
+            groups=tuple(
+                GroupHealth(group=group, alive=group not in missing, reason=reason if group in missing else None)
+                for group in range(table.num_groups)
+            )
+        )
+
+
+def _local_experts(checkpoint: Checkpoint, config: MeshConfig) -> tuple[PlacementTable, Transport]:
+    """Every group in this process, and the table that says so."""
+    model_config = checkpoint.config()
+    layout = describe_experts(checkpoint, model_config)
+    device = pick_device(config.experts.device)
+    count = config.experts.groups
+    holders = balanced(layout.experts_per_layer, count, nodes_of_groups=None)
+    groups = {}
+    for number in range(count):
+        group = ExpertGroup(
+            number,
+            layout.spec,
+            device=device,
+            dtype=pick_dtype(config.model.dtype, model_config, device),
+            quantization=config.model.quantization,
+            num_threads=torch.get_num_threads(),
+        )
+        keys = [ExpertKey(layer, e) for layer, held in holders.items() for e, by in enumerate(held) if number in by]
+        group.assign(layout, checkpoint, keys)
+        groups[f"local-{number}"] = group
+    replicas = tuple(
+        GroupReplica(group=number, replica=name, node="local", address="") for number, name in enumerate(groups)
+    )
+    table = PlacementTable(version=1, num_groups=count, holders=holders, replicas=replicas)
+    return table, InProcessTransport(groups)
+
+
+def _read_api_keys(path: str | None) -> frozenset[str] | None:
+    if path is None:
+        return None
+    try:
+        keys = frozenset(Path(path).read_text(encoding="utf-8").split())
+    except OSError as error:
+        raise ConfigError(f"http.api_keys_file: {path}: {error.strerror}; give a file with one key a line") from None
+    if not keys:
+        raise ConfigError(f"http.api_keys_file: {path} holds no key; put one key on a line")
+    return keys

@@ -1,0 +1,61 @@
+"""Where a model's files are, and what they are computed with: the same answer in every process of an application."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from cluster.config.mesh import MeshConfig, ModelConfig
+from cluster.serving.checkpoint_source import checkpoint_directory
+from experts.errors import ConfigError
+from experts.weights.checkpoint import Checkpoint
+from experts.weights.layout import ExpertLayout, describe_experts
+from router_service.placement import balanced
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def open_checkpoint(model: ModelConfig) -> Checkpoint:
+    """The checkpoint that `model.source` names; a hub id's files are fetched as they are needed.
+
+    Raises CheckpointError, ConfigError.
+    """
+    return Checkpoint(checkpoint_directory(model.source, revision=model.revision))
+
+
+def check_model(config: MeshConfig) -> ExpertLayout:
+    """Read the headers and see that the experts can be spread as asked, before anything is started.
+
+    Raises CheckpointError, ConfigError.
+    """
+    checkpoint = open_checkpoint(config.model)
+    layout = describe_experts(checkpoint, checkpoint.config())
+    balanced(
+        layout.experts_per_layer,
+        config.experts.groups,
+        nodes_of_groups=None,
+        num_redundant_experts=config.experts.num_redundant_experts,
+    )
+    return layout
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto`: the GPU that Ray gave this process, else the CPU. Raises ConfigError where cuda is asked for and absent."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda is asked for, but this process sees no GPU; use auto or cpu, or num_gpus: 1")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, model_config: Mapping[str, Any], device: torch.device) -> torch.dtype:
+    """`auto`: the checkpoint's own dtype on a GPU; float32 on a CPU, where it costs no accuracy and most CPUs have
+    no fast bfloat16."""
+    if dtype != "auto":
+        return _DTYPES[dtype]
+    if device.type == "cpu":
+        return torch.float32
+    named = str(model_config.get("dtype") or model_config.get("torch_dtype") or "bfloat16")
+    return _DTYPES.get(named.removeprefix("torch."), torch.bfloat16)
