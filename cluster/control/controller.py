@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,8 @@ class Controller:
     """One per application. All methods run on one event loop.
 
     watch_health: awaits until the replica at an address is lost, returns why.
+
+    Raises ConfigError where the experts cannot be spread over so many groups.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Controller:
         self._losses = 0
         self._table: PlacementTable | None = None
         self._changed = asyncio.Condition()
+        self._balanced(nodes_of_groups=None)
 
     async def join(
         self, replica: GroupReplica, *, device: str, resident: frozenset[ExpertKey], known_version: int
@@ -171,10 +174,13 @@ class Controller:
         if all(key in held for keys in every for key in keys):
             return {keys[0].layer: tuple(tuple(sorted(held[key])) for key in keys) for keys in every if keys}
         node_of = {member.replica.group: member.replica.node for member in self._members.values()}
+        return self._balanced(nodes_of_groups=[node_of[group] for group in range(self._num_groups)])
+
+    def _balanced(self, nodes_of_groups: Sequence[str] | None) -> Holders:
         return balanced(
             self._experts_per_layer,
             self._num_groups,
-            nodes_of_groups=[node_of[group] for group in range(self._num_groups)],
+            nodes_of_groups=nodes_of_groups,
             num_redundant_experts=self._num_redundant_experts,
         )
 

@@ -1,15 +1,29 @@
-"""Machines to try the whole system on: this one's Ray, and hosts of their own in network namespaces."""
+"""The whole system to try things on: in one process without Ray, on this machine's Ray, on hosts of their own."""
 
+import asyncio
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import uvicorn
+
+from cluster.config.load import parse_mesh
+from cluster.control.controller import Controller
+from cluster.engine_host import EngineHost
+from cluster.group_host import GroupHost, HostIdentity
+from cluster.model_files import check_model
+from router_service.transport.grpc_health import watch_health
+from router_service.transport.grpc_stream import GrpcTransport
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,3 +98,65 @@ def command_environment() -> dict[str, str]:
     environment["PYTHONPATH"] = str(ROOT)
     environment["RAY_AUTH_MODE"] = "token"
     return environment
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@asynccontextmanager
+async def _mesh(document: dict[str, Any], port: int) -> AsyncIterator[None]:
+    """Controller, groups and engine of one mesh.yaml document on this event loop, and HTTP on `port`."""
+    config = parse_mesh(document, origin="test")
+    groups: list[GroupHost] = []
+    controller = transport = None
+    if config.router.transport == "grpc":
+        controller = Controller(
+            experts_per_layer=check_model(config).experts_per_layer,
+            num_groups=config.experts.groups,
+            watch_health=watch_health,
+        )
+        transport = GrpcTransport()
+        for number in range(config.experts.groups):
+            identity = HostIdentity(replica=f"group-{number}", node="here", host="127.0.0.1")
+            groups.append(GroupHost(group=number, config=config, controller=controller, identity=identity))
+        await asyncio.gather(*(group.start() for group in groups))
+    engine = EngineHost(config=config, controller=controller, transport=transport)
+    await engine.start()
+    server = uvicorn.Server(uvicorn.Config(engine.app, port=port, log_level="warning"))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
+        await engine.stop()
+        await asyncio.gather(*(group.stop() for group in groups))
+
+
+@pytest.fixture(scope="session")
+def serve_here() -> Iterator[Callable[[dict[str, Any]], str]]:
+    """Serve a mesh.yaml document in this process, without Ray; returns the URL. All stop with the session."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="meshes")
+    thread.start()
+    running: list[Any] = []
+
+    def serve(document: dict[str, Any]) -> str:
+        port = free_port()
+        mesh = _mesh(document, port)
+        asyncio.run_coroutine_threadsafe(mesh.__aenter__(), loop).result(120)
+        running.append(mesh)
+        return f"http://127.0.0.1:{port}"
+
+    yield serve
+    for mesh in running:
+        asyncio.run_coroutine_threadsafe(mesh.__aexit__(None, None, None), loop).result(60)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from cluster.control.controller import Assignment, Controller
+from experts.errors import ConfigError
 from experts.spec import ExpertKey
 from router_service.placement import GroupReplica, PlacementTable
 
@@ -136,10 +137,9 @@ def test_a_restarted_controller_learns_from_the_groups_and_goes_on_counting() ->
     _run(scenario())
 
 
-def test_a_group_count_that_the_model_cannot_fill_is_refused() -> None:
+def test_a_group_count_that_the_model_cannot_fill_is_refused_before_anyone_joins() -> None:
     async def scenario() -> None:
-        controller = Controller(experts_per_layer={1: 2}, num_groups=3, watch_health=Health().watch)
-        with pytest.raises(ValueError, match="3 groups"):
-            await asyncio.gather(*(_join(controller, _replica(group)) for group in range(3)))
+        with pytest.raises(ConfigError, match=r"experts\.groups is 3, but layer 1 has 2 experts"):
+            Controller(experts_per_layer={1: 2}, num_groups=3, watch_health=Health().watch)
 
     _run(scenario())
