@@ -89,8 +89,8 @@ def plan_rows(
 ) -> tuple[GroupPart, ...]:
     """Split routed rows (expert, token, weight; token ascending within an expert's rows) over groups.
 
-    Every array is made once for all groups and sliced: the cost grows with rows and with tokens times groups, and
-    hardly with the number of groups at decode sizes.
+    Every array is made once for all groups and sliced: the cost grows with rows and with tokens times
+    groups, and hardly with the number of groups at decode sizes.
     """
     if index.redundant:
         # The token's number picks the slot: even load without state, and the same plan for the same batch.

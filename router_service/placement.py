@@ -1,7 +1,7 @@
 """The placement table: which groups hold an expert, and where each group's replicas answer.
 
-Immutable and versioned: a change is a new table. Routers swap one reference; whoever planned with the old table
-finishes with the old table.
+Immutable and versioned: a change is a new table. Routers swap one reference; whoever planned with the old
+table finishes with the old table.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def balanced(
     """Holders (see `PlacementTable.holders`) with equal counts, before any load is known.
 
     Experts go to groups as contiguous ranges, groups taken node by node, so that a model's native gate groups
-    (contiguous ranges themselves) fall on one node each wherever the counts divide. Redundant experts are second
-    slots on another node where there is one, spread evenly over the experts and over the groups.
+    (contiguous ranges themselves) fall on one node each wherever the counts divide. Redundant experts are
+    second slots on another node where there is one, spread evenly over the experts and over the groups.
 
     experts_per_layer:     layer -> number of routed experts
     nodes_of_groups:       node name of each group; None: all on one node
     num_redundant_experts: slots beyond one per expert, in each layer
-    Raises ConfigError where a layer has fewer experts than there are groups, or more redundant slots are asked for
-    than groups can hold without holding an expert twice.
+    Raises ConfigError where a layer has fewer experts than there are groups, or more redundant slots are
+    asked for than groups can hold without holding an expert twice.
     """
     nodes = list(nodes_of_groups) if nodes_of_groups is not None else [""] * num_groups
     if len(nodes) != num_groups:
@@ -75,13 +75,16 @@ def balanced(
     for layer, num_experts in experts_per_layer.items():
         if num_groups > num_experts:
             raise ConfigError(
-                f"experts.groups is {num_groups}, but layer {layer} has {num_experts} experts and a group would stay "
+                f"experts.groups is {num_groups}, but layer {layer} has {num_experts} experts and a group "
+                "would stay "
                 f"empty; set experts.groups to at most {num_experts}"
             )
         if num_redundant_experts > num_experts * (num_groups - 1):
             raise ConfigError(
-                f"experts.num_redundant_experts is {num_redundant_experts}, but {num_groups} groups have room for at "
-                f"most {num_experts * (num_groups - 1)} further slots of layer {layer}'s {num_experts} experts"
+                f"experts.num_redundant_experts is {num_redundant_experts}, but {num_groups} groups have "
+                "room for at "
+                f"most {num_experts * (num_groups - 1)} further slots of layer {layer}'s {num_experts} "
+                "experts"
             )
         if num_experts not in spread:
             spread[num_experts] = _spread(num_experts, nodes, num_redundant_experts)

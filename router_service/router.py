@@ -34,8 +34,8 @@ class Pending:
     def result(self) -> torch.Tensor:
         """combined_TH, in hidden's dtype, on its device; the sum is float32, over groups in ascending order.
 
-        Raises GroupUnavailable where a group stayed away past the recovery timeout, RequestError where a group
-        refused the call.
+        Raises GroupUnavailable where a group stayed away past the recovery timeout, RequestError where a
+        group refused the call.
         """
         hidden_TH = self._hidden_TH
         combiner = Combiner(hidden_TH.shape[0], hidden_TH.shape[1], hidden_TH.device)
@@ -124,13 +124,15 @@ class Router:
             or expert_ids_TK.dtype not in (torch.int64, torch.int32)
         ):
             raise RequestError(
-                f"expert_ids is {expert_ids_TK.dtype} of shape {tuple(expert_ids_TK.shape)}, expected int64 or "
+                f"expert_ids is {expert_ids_TK.dtype} of shape {tuple(expert_ids_TK.shape)}, expected "
+                "int64 or "
                 f"int32 [{hidden_TH.shape[0]}, K]",
                 "expert_ids",
             )
         if weights_TK.shape != expert_ids_TK.shape:
             raise RequestError(
-                f"weights has shape {tuple(weights_TK.shape)}, expected expert_ids' {tuple(expert_ids_TK.shape)}",
+                f"weights has shape {tuple(weights_TK.shape)}, expected expert_ids' "
+                f"{tuple(expert_ids_TK.shape)}",
                 "weights",
             )
         num_experts = self._view().slots(layer, frozenset()).num_experts
@@ -168,7 +170,8 @@ class Router:
             view = self._board.view
             if view is None:
                 raise GroupUnavailable(
-                    f"no expert group has been announced within router.recovery_timeout_s ({self._timeout_s:g} s)",
+                    "no expert group has been announced within router.recovery_timeout_s "
+                    f"({self._timeout_s:g} s)",
                     0,
                 )
         return view

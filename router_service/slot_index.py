@@ -44,8 +44,8 @@ def build_slot_index(
 ) -> SlotIndex:
     """Index a layer's `holders` (groups of each expert).
 
-    avoid: groups to leave out; an expert that only they hold keeps its first one, so that its rows have somewhere
-           to wait
+    avoid: groups to leave out; an expert that only they hold keeps its first one, so that its rows have
+           somewhere to wait
     """
     kept = [[group for group in groups if group not in avoid] or list(groups[:1]) for groups in holders]
     slots = sorted((group, expert) for expert, groups in enumerate(kept) for group in groups)

@@ -48,7 +48,8 @@ class TableBoard:
         return self._view
 
     def publish(self, table: PlacementTable) -> tuple[GroupReplica, ...]:
-        """Make `table` current and return the replicas that it no longer lists; ignore one older than the current."""
+        """Make `table` current and return the replicas that it no longer lists; ignore one older than the
+        current."""
         with self._changed:
             previous = self._view
             if previous is not None and table.version < previous.table.version:

@@ -26,7 +26,8 @@ def build_gate(spec: GateSpec, weight_EH: torch.Tensor, bias_E: torch.Tensor | N
         )
     if bias_E is not None and bias_E.shape != (spec.num_experts,):
         raise CheckpointError(
-            f"gate bias has shape {tuple(bias_E.shape)}, expected [{spec.num_experts}]; use the config.json that "
+            f"gate bias has shape {tuple(bias_E.shape)}, expected [{spec.num_experts}]; use the "
+            "config.json that "
             "belongs to this checkpoint"
         )
     match spec.system:
@@ -39,6 +40,7 @@ def build_gate(spec: GateSpec, weight_EH: torch.Tensor, bias_E: torch.Tensor | N
         case "deepseek_v3":
             if bias_E is None:
                 raise CheckpointError(
-                    "the gate has no e_score_correction_bias; DeepSeek-V3 and Kimi K2 checkpoints carry one per layer"
+                    "the gate has no e_score_correction_bias; DeepSeek-V3 and Kimi K2 checkpoints carry "
+                    "one per layer"
                 )
             return DeepseekV3Gate(spec, weight_EH, bias_E)

@@ -10,7 +10,8 @@ from router_service.gating.gate import GateSpec
 
 
 def gate_spec_from_config(config: Mapping[str, Any]) -> GateSpec | None:
-    """The gate of the model that `config` (config.json as a mapping) describes; None for a family that we lack.
+    """The gate of the model that `config` (config.json as a mapping) describes; None for a family that we
+    lack.
 
     Raises CheckpointError naming the key where a known family's config is incomplete or contradicts itself.
     """
@@ -20,18 +21,21 @@ def gate_spec_from_config(config: Mapping[str, Any]) -> GateSpec | None:
     spec = reader(config)
     if not 1 <= spec.num_experts_per_tok <= spec.num_experts:
         raise CheckpointError(
-            f"config.json: num_experts_per_tok is {spec.num_experts_per_tok}, must be 1 to the number of experts "
+            f"config.json: num_experts_per_tok is {spec.num_experts_per_tok}, must be 1 to the number of "
+            "experts "
             f"({spec.num_experts})"
         )
     if spec.n_group is not None and spec.topk_group is not None:
         if spec.n_group < 1 or spec.num_experts % spec.n_group:
             raise CheckpointError(
-                f"config.json: n_group is {spec.n_group}, must divide the number of experts ({spec.num_experts})"
+                f"config.json: n_group is {spec.n_group}, must divide the number of experts "
+                f"({spec.num_experts})"
             )
         eligible = spec.topk_group * (spec.num_experts // spec.n_group)
         if not 1 <= spec.topk_group <= spec.n_group or eligible < spec.num_experts_per_tok:
             raise CheckpointError(
-                f"config.json: topk_group is {spec.topk_group}, must be 1 to n_group ({spec.n_group}) and leave at "
+                f"config.json: topk_group is {spec.topk_group}, must be 1 to n_group ({spec.n_group}) and "
+                "leave at "
                 f"least num_experts_per_tok ({spec.num_experts_per_tok}) experts"
             )
     return spec
@@ -85,7 +89,8 @@ def _deepseek_v3(config: Mapping[str, Any]) -> GateSpec:
     method = config.get("topk_method", "noaux_tc")
     if scoring != "sigmoid" or method != "noaux_tc":
         raise CheckpointError(
-            f"config.json: scoring_func {scoring!r} with topk_method {method!r} is not a DeepSeek-V3 gate; that is "
+            f"config.json: scoring_func {scoring!r} with topk_method {method!r} is not a DeepSeek-V3 gate; "
+            "that is "
             "'sigmoid' with 'noaux_tc'"
         )
     return GateSpec(

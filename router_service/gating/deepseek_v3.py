@@ -1,7 +1,8 @@
 """DeepSeek-V3, R1 and Kimi K2 (`noaux_tc`): sigmoid scores, a bias that steers the choice and not the weight.
 
-Source: DeepSeek-AI 2024, "DeepSeek-V3 Technical Report" (arXiv 2412.19437), equations 13 to 16 and section 2.1.2; a
-group's score is the sum of its two best biased experts. Kimi K2 (arXiv 2507.20534) is the same with one group.
+Source: DeepSeek-AI 2024, "DeepSeek-V3 Technical Report" (arXiv 2412.19437), equations 13 to 16 and section
+2.1.2; a group's score is the sum of its two best biased experts. Kimi K2 (arXiv 2507.20534) is the same
+with one group.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ class GateOutput(NamedTuple):
 class Gate(Protocol):
     """`hidden_TH` in any float dtype -> GateOutput on the same device. Computes in float32.
 
-    Ties go to whichever expert `torch.topk` returns. A token with NaN scores still gets K distinct experts; its
-    weights are NaN, so the damage shows in its own output row and in no other.
+    Ties go to whichever expert `torch.topk` returns. A token with NaN scores still gets K distinct
+    experts; its weights are NaN, so the damage shows in its own output row and in no other.
     """
 
     def __call__(self, hidden_TH: torch.Tensor) -> GateOutput: ...
@@ -36,8 +36,8 @@ class Gate(Protocol):
 class GateSpec:
     """One model's gate; field names are those of Hugging Face's config.json.
 
-    n_group, topk_group: experts are n_group contiguous groups, a token picks from the best topk_group of them;
-                         None where the gate has no groups
+    n_group, topk_group: experts are n_group contiguous groups, a token picks from the best topk_group of
+                         them; None where the gate has no groups
     """
 
     system: System

@@ -1,7 +1,8 @@
 """Mixtral 8x7B and 8x22B: softmax over the chosen K logits.
 
-Source: Jiang et al. 2024, "Mixtral of Experts" (arXiv 2401.04088), section 2.1: softmax(TopK(x W_g)). Renormalising the
-top K of a softmax over all experts is the same function, and is how transformers' MixtralTopKRouter computes it.
+Source: Jiang et al. 2024, "Mixtral of Experts" (arXiv 2401.04088), section 2.1: softmax(TopK(x W_g)).
+Renormalising the top K of a softmax over all experts is the same function, and is how transformers'
+MixtralTopKRouter computes it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Qwen3-MoE: top K of a softmax over all experts, renormalised where `norm_topk_prob` says so.
 
-Source: Qwen Team 2025, "Qwen3 Technical Report" (arXiv 2505.09388), section 2; transformers' Qwen3MoeTopKRouter.
+Source: Qwen Team 2025, "Qwen3 Technical Report" (arXiv 2505.09388), section 2; transformers'
+Qwen3MoeTopKRouter.
 """
 
 from __future__ import annotations

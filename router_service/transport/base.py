@@ -11,7 +11,8 @@ from router_service.placement import GroupReplica
 
 
 class TransportError(Exception):
-    """The replica did not answer: connection lost, refused, or deadline passed. The call may be sent elsewhere."""
+    """The replica did not answer: connection lost, refused, or deadline passed. The call may be sent
+    elsewhere."""
 
 
 class PendingReply(Protocol):
@@ -30,7 +31,8 @@ class Transport(Protocol):
     """Carries calls to group replicas. Thread-safe."""
 
     def send(self, replica: GroupReplica, call: ExpertCall) -> PendingReply:
-        """Start a call; never blocks on the network. Raises TransportError at once if the replica is known gone."""
+        """Start a call; never blocks on the network. Raises TransportError at once if the replica is known
+        gone."""
         ...
 
     def forget(self, replica: GroupReplica) -> None:

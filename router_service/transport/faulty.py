@@ -18,7 +18,8 @@ class _Lost:
 
 
 class FaultyTransport:
-    """Wraps another transport. A killed replica refuses calls and loses what is out; a flaky one loses the next n."""
+    """Wraps another transport. A killed replica refuses calls and loses what is out; a flaky one loses the
+    next n."""
 
     def __init__(self, inner: Transport) -> None:
         self._inner = inner
@@ -36,7 +37,8 @@ class FaultyTransport:
         self._to_lose[replica] += calls
 
     def wait_sent(self, replica: str, calls: int, timeout_s: float) -> bool:
-        """Wait until `replica` was sent `calls` calls, refused ones included; False where the time ran out."""
+        """Wait until `replica` was sent `calls` calls, refused ones included; False where the time ran
+        out."""
         with self._sent:
             return self._sent.wait_for(lambda: self.sent[replica] >= calls, timeout_s)
 

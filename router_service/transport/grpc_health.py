@@ -15,7 +15,8 @@ _KEEPALIVE = (
 
 
 async def watch_health(address: str) -> str:
-    """Return, with the reason, when the server at `address` (host:port) stops serving or its connection breaks."""
+    """Return, with the reason, when the server at `address` (host:port) stops serving or its connection
+    breaks."""
     async with grpc.aio.insecure_channel(address, options=_KEEPALIVE) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=""))
         try:

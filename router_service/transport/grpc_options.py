@@ -6,8 +6,8 @@ from experts.wire.codec import MAX_MESSAGE_BYTES
 
 ChannelOptions = tuple[tuple[str, int], ...]
 
-# Pings find a peer whose machine is gone (a closed socket tells by itself). Reconnects are quick: the placement
-# table, not the channel, decides for how long a replica is worth calling.
+# Pings find a peer whose machine is gone (a closed socket tells by itself). Reconnects are quick: the
+# placement table, not the channel, decides for how long a replica is worth calling.
 CHANNEL_OPTIONS: ChannelOptions = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

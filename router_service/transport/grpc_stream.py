@@ -1,8 +1,8 @@
 """Calls over gRPC: one bidirectional stream per replica, opened at the first call.
 
-A stream beats unary calls by half at any size that we send: no new HTTP/2 stream, no scheduling of a handler. The
-thread that waits for a reply reads the stream itself, so that no thread has to wake another; when several wait, one
-reads for all.
+A stream beats unary calls by half at any size that we send: no new HTTP/2 stream, no scheduling of a
+handler. The thread that waits for a reply reads the stream itself, so that no thread has to wake another;
+when several wait, one reads for all.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _WATCH_S = 0.2
 
 
 class _ReplicaStream:
-    """One stream and the replies that it owes. Dies with its first error; the transport then opens another."""
+    """One stream and the replies that it owes. Dies with its first error; the transport then opens
+    another."""
 
     def __init__(self, replica: GroupReplica) -> None:
         self._where = f"{replica.replica} at {replica.address}"
@@ -55,7 +56,8 @@ class _ReplicaStream:
         self._requests.put(message)
 
     def wait(self, call_id: int, timeout_s: float | None) -> WireReply:
-        """The reply to `call_id`. Raises TransportError once the stream is dead or the deadline has passed."""
+        """The reply to `call_id`. Raises TransportError once the stream is dead or the deadline has
+        passed."""
         if timeout_s is not None:
             self._deadlines[call_id] = time.monotonic() + timeout_s
         try:
@@ -194,7 +196,8 @@ class GrpcTransport:
             return stream
 
     def _watch(self) -> None:
-        """End streams that owe a reply past its deadline: whoever waits is inside gRPC and cannot look itself."""
+        """End streams that owe a reply past its deadline: whoever waits is inside gRPC and cannot look
+        itself."""
         while not self._closed.wait(_WATCH_S):
             now = time.monotonic()
             for stream in list(self._streams.values()):

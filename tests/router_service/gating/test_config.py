@@ -24,9 +24,9 @@ def test_reads_what_transformers_writes(config, system, num_experts):
 def test_kimi_k2_is_deepseek_v3_with_one_group_of_384():
     spec = gate_spec_from_config(
         {
-            "model_type": "kimi_k2", "n_routed_experts": 384, "num_experts_per_tok": 8, "n_group": 1, "topk_group": 1,
-            "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "routed_scaling_factor": 2.827,
-        }
+            "model_type": "kimi_k2", "n_routed_experts": 384, "num_experts_per_tok": 8, "n_group": 1,
+            "topk_group": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True,
+        "routed_scaling_factor": 2.827, }
     )  # fmt: skip
     assert (spec.system, spec.num_experts, spec.n_group, spec.routed_scaling_factor) == (
         "deepseek_v3",

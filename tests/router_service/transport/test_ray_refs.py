@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from experts.errors import ExpertNotResident
+from router_service.placement import GroupReplica
+from router_service.transport.base import TransportError
+
+ray = pytest.importorskip("ray")
+
+from router_service.transport.ray_refs import RayRefsTransport, serve_calls  # noqa: E402
+
+pytestmark = pytest.mark.ray
+
+
+def start_group(name, *, asynchronous):
+    """An actor that serves a group in which an expert is worth weight * hidden."""
+
+    class Group:
+        def forward(self, call):
+            if call.layer != 0:
+                raise ExpertNotResident(f"layer {call.layer} is not here", "layer")
+            return 2 * call.hidden_TH.float()
+
+    class Plain:
+        def __init__(self):
+            serve_calls(name, Group())
+
+        def ping(self):
+            return True
+
+    class Async(Plain):
+        async def ping(self):
+            return True
+
+    actor_class = ray.remote(num_cpus=0)(Async if asynchronous else Plain)
+    actor = actor_class.options(name=f"actor-{name}").remote()
+    assert ray.get(actor.ping.remote())
+    return actor, GroupReplica(group=0, replica=name, node="n0", address="", actor=f"actor-{name}")
+
+
+@pytest.fixture(scope="module")
+def local_ray(tmp_path_factory):
+    ray.init(
+        num_cpus=2,
+        namespace="mesh",
+        include_dashboard=False,
+        logging_level="ERROR",
+        _temp_dir=str(tmp_path_factory.mktemp("ray")),
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_calls_reach_actors_of_both_kinds_and_failures_are_told_apart(make_call):
+    transport = RayRefsTransport("mesh")
+    for asynchronous in (False, True):
+        actor, replica = start_group(f"g{asynchronous}", asynchronous=asynchronous)
+        for dtype in (torch.float32, torch.bfloat16):
+            for num_tokens in (1, 2048):
+                hidden_TH = torch.randn(num_tokens, 64).to(dtype)
+                partial_TH = transport.send(replica, make_call(hidden_TH)).result(20)
+                assert torch.equal(partial_TH, 2 * hidden_TH.float())
+        with pytest.raises(ExpertNotResident, match="layer 3 is not here"):
+            transport.send(replica, make_call(torch.ones(1, 4), layer=3)).result(20)
+        ray.kill(actor)
+        with pytest.raises(TransportError, match="Died|Unavailable|no actor"):
+            transport.send(replica, make_call(torch.ones(1, 4))).result(20)
+    with pytest.raises(TransportError, match="no actor 'nobody'"):
+        transport.send(
+            GroupReplica(group=1, replica="x", node="n", address="", actor="nobody"),
+            make_call(torch.ones(1, 4)),
+        )
