@@ -24,7 +24,8 @@ def build(args: dict[str, Any]) -> Application:
     config = parse_mesh(args, origin="mesh")
     document = config.model_dump(mode="json")
     engine = EngineDeployment.options(
-        ray_actor_options=_actor_options(config.engine), **_scaling(config.autoscaling.engine, config.engine.replicas)
+        ray_actor_options=_actor_options(config.engine),
+        **_scaling(config.autoscaling.engine, config.engine.replicas),
     )
     if config.router.transport == "in_process":
         return engine.bind(document, None)

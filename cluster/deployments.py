@@ -9,6 +9,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from router_service.transport.ray_refs import RayRefsTransport, serve_calls
 
 from cluster.config.load import parse_mesh
 from cluster.control.client import ServeControllerClient
@@ -22,7 +23,6 @@ from router_service.placement import GroupReplica, PlacementTable
 from router_service.transport.base import Transport
 from router_service.transport.grpc_health import watch_health
 from router_service.transport.grpc_stream import GrpcTransport
-from router_service.transport.ray_refs import RayRefsTransport, serve_calls
 
 _TRANSPORTS: Mapping[str, Callable[[], Transport | None]] = {
     "in_process": lambda: None,

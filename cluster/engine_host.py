@@ -37,9 +37,7 @@ class EngineHost:
     Raises CheckpointError or ConfigError where the model cannot be read.
     """
 
-    def __init__(
-        self, *, config: MeshConfig, controller: ControllerClient | None, transport: Transport | None
-    ) -> None:
+    def __init__(self, *, config: MeshConfig, controller: ControllerClient | None, transport: Transport | None) -> None:
         self._config = config
         self._controller = controller
         self._transport = transport

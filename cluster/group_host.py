@@ -42,9 +42,7 @@ class GroupHost:
     Raises CheckpointError or ConfigError where the model cannot be read.
     """
 
-    def __init__(
-        self, *, group: int, config: MeshConfig, controller: ControllerClient, identity: HostIdentity
-    ) -> None:
+    def __init__(self, *, group: int, config: MeshConfig, controller: ControllerClient, identity: HostIdentity) -> None:
         self._controller = controller
         self._checkpoint = open_checkpoint(config.model)
         model_config = self._checkpoint.config()
@@ -56,6 +54,7 @@ class GroupHost:
             device=device,
             dtype=pick_dtype(config.model.dtype, model_config, device),
             quantization=config.model.quantization,
+            num_threads=max(1, len(os.sched_getaffinity(0)) // config.experts.groups),
         )
         host = identity.host if config.experts.listen_host == "auto" else config.experts.listen_host
         self._server = ExpertServer(self.group, host=host)
@@ -113,7 +112,6 @@ class GroupHost:
             await asyncio.sleep(_RETRY_S)
 
     async def _load(self, assignment: Assignment) -> None:
-        self.group.use_threads(max(1, len(os.sched_getaffinity(0)) // assignment.groups_on_node))
         loop, told = asyncio.get_running_loop(), 0.0
 
         def progress(done: int, total: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any
 
 import ray
 from ray import serve
@@ -28,7 +27,11 @@ def engine_replicas() -> list[dict[str, str]]:
     details = serve.context._get_global_client().get_serve_details()
     deployments = details["applications"].get(APPLICATION, {}).get("deployments", {})
     return [
-        {"replica": r["replica_id"], "node": r["node_ip"] or "", "state": str(getattr(r["state"], "value", r["state"]))}
+        {
+            "replica": r["replica_id"],
+            "node": r["node_ip"] or "",
+            "state": str(getattr(r["state"], "value", r["state"])),
+        }
         for r in deployments.get("engine", {}).get("replicas", [])
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import socket
 import threading
@@ -24,6 +23,7 @@ from cluster.commands.generate import stream_completion
 from cluster.commands.progress import Progress
 from cluster.config.load import load_mesh
 from cluster.config.mesh import MeshConfig
+from cluster.local_ray import start_local_ray
 from cluster.model_files import check_model
 from cluster.running_app import APPLICATION, connect, deployment_failure
 from experts.errors import ConfigError
@@ -34,7 +34,8 @@ _PROMPT = "def main("
 def command(
     mesh: Annotated[Path, typer.Argument(help="mesh.yaml")],
     address: Annotated[
-        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to join; without one, Ray starts here")
+        str | None,
+        typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to join; without one, Ray starts here"),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Overrides http.host")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Overrides http.port")] = None,
@@ -91,7 +92,7 @@ def _ray(address: str | None, progress: Progress) -> Iterator[None]:
         if address:
             connect(address)
         else:
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            start_local_ray()
     try:
         yield
     finally:
@@ -161,7 +162,7 @@ def _ready(url: str, prompt: str, config: MeshConfig) -> str:
     return (
         "The same with curl:\n"
         f"  curl -N {url}/v1/completions -H 'Content-Type: application/json'{key} \\\n"
-        f"    -d '{{\"model\": \"{name}\", \"prompt\": \"{prompt}\", \"max_tokens\": 64, \"temperature\": 0, \"stream\": true}}'\n"
+        f'    -d \'{{"model": "{name}", "prompt": "{prompt}", "max_tokens": 64, "temperature": 0, "stream": true}}\'\n'
         f"OpenAI base URL  {url}/v1\n"
         f"Health           {url}/health\n"
         f"Metrics          {url}/metrics\n"

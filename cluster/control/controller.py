@@ -118,17 +118,15 @@ class Controller:
         self._version = max(self._version, known_version)
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._table is not None and self._table.version > known_version)
+                while self._table is None or self._table.version <= known_version:
+                    await self._changed.wait()
                 table = self._table
-            assert table is not None
             known_version = table.version
             yield table
 
     def status(self) -> dict[str, Any]:
         """JSON-ready: version, groups with their replicas and loading progress, losses."""
-        slots = Counter(
-            group for experts in (self._holders or {}).values() for groups in experts for group in groups
-        )
+        slots = Counter(group for experts in (self._holders or {}).values() for groups in experts for group in groups)
         members = sorted(self._members.values(), key=lambda m: (m.replica.group, m.replica.replica))
         return {
             "placement_version": self._table.version if self._table else 0,

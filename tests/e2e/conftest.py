@@ -73,7 +73,19 @@ def three_hosts() -> Iterator[list[Host]]:
             host = Host(f"{bridge}-{index}", f"10.77.0.{index + 1}")
             _ip("netns", "add", host.namespace)
             hosts.append(host)
-            _ip("link", "add", "eth0", "netns", host.namespace, "type", "veth", "peer", f"port{index}", "netns", f"{bridge}-lan")
+            _ip(
+                "link",
+                "add",
+                "eth0",
+                "netns",
+                host.namespace,
+                "type",
+                "veth",
+                "peer",
+                f"port{index}",
+                "netns",
+                f"{bridge}-lan",
+            )
             _ip("-n", f"{bridge}-lan", "link", "set", f"port{index}", "master", "lan", "up")
             _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
             for device in ("lo", "eth0"):

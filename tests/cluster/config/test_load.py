@@ -44,9 +44,7 @@ def test_relative_source_is_found_beside_the_file(tmp_path: Path, monkeypatch: p
         ("model:\n  source: x\nhttp:\n  qqqqqqqq: 1\n", 4, ("http.qqqqqqqq", "valid keys here: host, port")),
     ],
 )
-def test_a_mistake_names_file_line_key_and_remedy(
-    tmp_path: Path, text: str, line: int, parts: tuple[str, ...]
-) -> None:
+def test_a_mistake_names_file_line_key_and_remedy(tmp_path: Path, text: str, line: int, parts: tuple[str, ...]) -> None:
     path = _write(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         load_mesh(path)

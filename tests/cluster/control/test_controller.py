@@ -32,7 +32,10 @@ def _replica(group: int, start: int = 0, node: str = "a") -> GroupReplica:
 
 
 async def _join(
-    controller: Controller, replica: GroupReplica, resident: frozenset[ExpertKey] = frozenset(), known: int = 0
+    controller: Controller,
+    replica: GroupReplica,
+    resident: frozenset[ExpertKey] = frozenset(),
+    known: int = 0,
 ) -> Assignment:
     return await controller.join(replica, device="cpu", resident=resident, known_version=known)
 
