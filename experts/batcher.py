@@ -27,7 +27,7 @@ class Batcher:
     """Coalesces concurrent callers of one layer, without a timer and without a thread of its own.
 
     Who finds the shard idle leads. Who comes meanwhile waits; when the leader is done, the oldest of those
-    leads next and runs everything that is queued for its layer as one call. A lone caller never changes threads.
+    leads next and runs everything that is queued for its layer as one call. A lone caller keeps its thread.
     """
 
     def __init__(self, shard: ExpertShard) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from experts.batcher import Batcher
-from experts.ops.backend import build_backend
+from experts.ops.backend import ExpertBackend
 from experts.shard import ExpertShard
 from experts.spec import ExpertCall, ExpertKey, ExpertSpec
 from experts.weights.checkpoint import Checkpoint
@@ -30,23 +30,10 @@ class GroupDescription:
 class ExpertGroup:
     """Group number `group`, empty until `assign`. Thread-safe."""
 
-    def __init__(
-        self,
-        group: int,
-        spec: ExpertSpec,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        quantization: str = "none",
-        num_threads: int = 1,
-    ) -> None:
-        """See `build_backend` for the arguments. Raises ConfigError."""
+    def __init__(self, group: int, spec: ExpertSpec, backend: ExpertBackend) -> None:
         self.group = group
         self.spec = spec
-        self._device = torch.device(device)
-        backend = build_backend(
-            spec, device=self._device, dtype=dtype, quantization=quantization, num_threads=num_threads
-        )
+        self._device = backend.device
         self._shard = ExpertShard(spec, backend)
         self._batcher = Batcher(self._shard)
         self._assigning = threading.Lock()
