@@ -1,0 +1,52 @@
+"""Multi-head latent attention over cached latents (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+The cache holds one row `[c_kv, k_rope]` a token. Scores against many cached tokens are cheapest without expanding
+them: W_UK is absorbed into the query and W_UV applied to the summed latents. A long chunk of a prompt is cheaper the
+other way: expand the latents once, then attend with small heads. Both are exact; `expand_is_cheaper` counts
+multiplications.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class LatentProjections:
+    """W_UK and W_UV of one attention layer, as views of its `kv_b_proj`.
+
+    up_key_HNR: [heads, qk_nope_head_dim, kv_lora_rank];  up_value_HRV: [heads, kv_lora_rank, v_head_dim]
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        self.nope: int = attention.qk_nope_head_dim
+        self.rope: int = attention.qk_rope_head_dim
+        self.rank: int = attention.kv_lora_rank
+        self.value_dim: int = attention.v_head_dim
+        self.weight: torch.Tensor = attention.kv_b_proj.weight
+        per_head = self.weight.view(-1, self.nope + self.value_dim, self.rank)
+        self.up_key_HNR = per_head[:, : self.nope]
+        self.up_value_HRV = per_head[:, self.nope :].transpose(1, 2)
+
+    def expand_is_cheaper(self, num_queries: int) -> bool:
+        """Whether expanding every cached token costs less than what it saves on `num_queries` scores and sums."""
+        saved = (2 * self.rank + self.rope) - (self.nope + self.rope + self.value_dim)
+        return num_queries * saved > self.rank * (self.nope + self.value_dim)
+
+    def absorb(self, query_HTD: torch.Tensor) -> torch.Tensor:
+        """Queries that score against latents: [heads, T, kv_lora_rank + qk_rope_head_dim]."""
+        nope_HTN, rope_HTD = query_HTD.split([self.nope, self.rope], dim=-1)
+        return torch.cat((torch.bmm(nope_HTN, self.up_key_HNR), rope_HTD), dim=-1)
+
+    def unabsorb(self, latents_HTR: torch.Tensor) -> torch.Tensor:
+        """Weighted sums of latents to values: [heads, T, v_head_dim]."""
+        return torch.bmm(latents_HTR, self.up_value_HRV)
+
+    def expand(self, rows_LD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [heads, L, qk_head_dim] and values [heads, L, v_head_dim] of cached rows."""
+        latents_LR, rope_LD = rows_LD.split([self.rank, self.rope], dim=-1)
+        expanded = F.linear(latents_LR, self.weight).view(rows_LD.shape[0], -1, self.nope + self.value_dim)
+        nope_HLN, value_HLV = expanded.transpose(0, 1).split([self.nope, self.value_dim], dim=-1)
+        key_HLD = torch.cat((nope_HLN, rope_LD.expand(nope_HLN.shape[0], -1, -1)), dim=-1)
+        return key_HLD, value_HLV

@@ -1,0 +1,120 @@
+"""MoE blocks without experts: transformers' modules around ours, the router where the experts were.
+
+Two ways. Where the router has the family's gate, the whole block is a `MoeBlock`: hidden states go to the router
+before anything else, the shared expert runs while they are out. Otherwise the family's own block stays, gate and all;
+only its experts module is emptied and calls `router.dispatch` through transformers' ExpertsInterface.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+NAME = "expertmesh"
+
+
+class Pending(Protocol):
+    """Expert work that is out."""
+
+    def result(self) -> torch.Tensor:
+        """combined_TH, in the dtype of the hidden states sent."""
+        ...
+
+
+class ExpertRouter(Protocol):
+    """What a MoE block needs of `router_service.router.Router`."""
+
+    def route(self, layer: int, hidden_TH: torch.Tensor) -> Pending: ...
+
+    def dispatch(
+        self, layer: int, hidden_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> Pending: ...
+
+
+@dataclass(kw_only=True, slots=True)
+class RouterConnection:
+    """The router that all blocks of a model share, and the seconds that they spent on it.
+
+    send_s: gate, plan and handing over;  wait_s: from there to the answer, shared expert not counted
+    """
+
+    router: ExpertRouter | None = None
+    send_s: float = 0.0
+    wait_s: float = 0.0
+
+    def send(
+        self, layer: int, hidden_TH: torch.Tensor, choice: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> Pending:
+        """`choice`: expert ids and weights where the caller's own gate chose."""
+        assert self.router is not None, "ModelSkeleton.connect() comes before the first step"
+        started = time.perf_counter()
+        if choice is None:
+            pending = self.router.route(layer, hidden_TH)
+        else:
+            pending = self.router.dispatch(layer, hidden_TH, *choice)
+        self.send_s += time.perf_counter() - started
+        return pending
+
+    def receive(self, pending: Pending) -> torch.Tensor:
+        started = time.perf_counter()
+        combined_TH = pending.result()
+        self.wait_s += time.perf_counter() - started
+        return combined_TH
+
+
+class MoeBlock(nn.Module):
+    """`experts(x) + shared_experts(x)`, experts behind the router.
+
+    `gate` and `shared_experts` are the family's own modules under its own names, so that the checkpoint loads as
+    ever; the gate's weights go to the router, its forward is not called.
+    """
+
+    def __init__(self, layer: int, block: nn.Module, connection: RouterConnection) -> None:
+        super().__init__()
+        self.layer = layer
+        self.gate: nn.Module = block.get_submodule("gate")
+        self.shared_experts: nn.Module | None = getattr(block, "shared_experts", None)
+        self._connection = connection
+
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        """Whether a family's block is made of these parts and nothing else."""
+        names = {name for name, _ in block.named_children()}
+        return {"gate", "experts"} <= names <= {"gate", "experts", "shared_experts"}
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [..., H], same shape back."""
+        pending = self._connection.send(self.layer, hidden.reshape(-1, hidden.shape[-1]))
+        shared = None if self.shared_experts is None else self.shared_experts(hidden)
+        combined = self._connection.receive(pending).view(hidden.shape)
+        return combined if shared is None else combined + shared
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether transformers can put another implementation in this module's place (its ExpertsInterface)."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+
+
+def empty_experts(module: nn.Module, layer: int, connection: RouterConnection) -> None:
+    """Take the weights out of a family's experts module and let its forward reach the router."""
+    for name in list(module._parameters):
+        module._parameters[name] = None
+    module._is_hf_initialized = True  # type: ignore[assignment]  # nothing is left for transformers to initialise
+    module.expertmesh = (layer, connection)  # type: ignore[assignment]
+
+
+def _dispatch_experts(
+    module: nn.Module, hidden: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    layer, connection = module.expertmesh  # type: ignore[misc]
+    hidden_TH = hidden.reshape(-1, hidden.shape[-1])
+    pending = connection.send(layer, hidden_TH, (expert_ids_TK, weights_TK.float()))
+    return connection.receive(pending).view(hidden.shape)  # type: ignore[no-any-return]
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, _dispatch_experts)
