@@ -137,6 +137,10 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def _byte_alphabet() -> list[str]:
     """The printable character that stands for each byte in byte-level BPE (GPT-2's encoder.py)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(256 + others.index(byte)) if byte in others else chr(byte) for byte in range(256)]

@@ -21,9 +21,7 @@ class EngineLike(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, on_event: Callable[[TokenEvent], None]
-    ) -> int:
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, on_event: Callable[[TokenEvent], None]) -> int:
         """Queue a sequence and return its id. Raises RequestError, QueueFull."""
         ...
 

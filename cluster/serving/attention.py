@@ -7,6 +7,7 @@ function is registered under the name: transformers then leaves masking to the a
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -33,10 +34,12 @@ class StepCache:
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the new rows ([1, kv heads, T, dim]) and return them; `attend` reads the cache itself."""
+        started = time.perf_counter()
         if self._latent:
             self._batch.write(layer_idx, torch.cat((key[0], value[0]), dim=-1), None)
         else:
             self._batch.write(layer_idx, key[0], value[0])
+        self._batch.seconds += time.perf_counter() - started
         return key, value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -68,6 +71,7 @@ def attend(
 
     sliding_window, softcap, s_aux (a sink logit per head) mean what they mean to transformers' own functions.
     """
+    started = time.perf_counter()
     layer: int = module.layer_idx
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     latent: LatentProjections | None = getattr(module, "latent_projections", None)
@@ -83,6 +87,7 @@ def attend(
         rows_HTD = query_HTD[:, span.start : span.stop]
         outputs.append(_prefill(rows_HTD, layer, span, latent, scale, sliding_window, softcap, s_aux))
     out_HTV = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    attention_batch.seconds += time.perf_counter() - started
     return out_HTV.transpose(0, 1).unsqueeze(0), None
 
 

@@ -87,7 +87,10 @@ class PrefillSpan:
 
 
 class AttentionBatch:
-    """The step's layout. `order` says which chunk comes where: chunks[order[0]] has the first rows."""
+    """The step's layout. `order` says which chunk comes where: chunks[order[0]] has the first rows.
+
+    seconds: time spent on attention so far
+    """
 
     def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
         arenas = {id(chunk.slot.arena): chunk.slot.arena for chunk in chunks}
@@ -102,6 +105,7 @@ class AttentionBatch:
         self.decode_groups: list[DecodeGroup] = []
         self.prefill_spans: list[PrefillSpan] = []
         self.num_tokens = 0
+        self.seconds = 0.0
         for key, members in singles.items():
             if members:
                 members.sort(key=lambda index: chunks[index].slot.index)
@@ -112,7 +116,11 @@ class AttentionBatch:
             start, self.num_tokens = self.num_tokens, self.num_tokens + num_tokens
             self.prefill_spans.append(
                 PrefillSpan(
-                    slot=slot, start=start, stop=self.num_tokens, begin=slot.length, end=slot.length + num_tokens
+                    slot=slot,
+                    start=start,
+                    stop=self.num_tokens,
+                    begin=slot.length,
+                    end=slot.length + num_tokens,
                 )
             )
             self.order.append(index)

@@ -16,9 +16,7 @@ from cluster.serving.tokenizer import Tokenizer
 class ChatResponse:
     """Of one request. The parts that are the same in every chunk are rendered once."""
 
-    def __init__(
-        self, *, model: str, tokenizer: Tokenizer, with_logprobs: bool, include_usage: bool = False
-    ) -> None:
+    def __init__(self, *, model: str, tokenizer: Tokenizer, with_logprobs: bool, include_usage: bool = False) -> None:
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._tokenizer = tokenizer
         self._with_logprobs = with_logprobs
@@ -53,9 +51,7 @@ class ChatResponse:
                 {
                     "index": choice.index,
                     "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                    "logprobs": chat_logprobs(choice.logprobs, self._tokenizer)
-                    if self._with_logprobs
-                    else None,
+                    "logprobs": chat_logprobs(choice.logprobs, self._tokenizer) if self._with_logprobs else None,
                     "finish_reason": choice.finish_reason,
                 }
                 for choice in choices

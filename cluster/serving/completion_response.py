@@ -16,9 +16,7 @@ from cluster.serving.tokenizer import Tokenizer
 class CompletionResponse:
     """Of one request. The parts that are the same in every chunk are rendered once."""
 
-    def __init__(
-        self, *, model: str, tokenizer: Tokenizer, with_logprobs: bool, include_usage: bool = False
-    ) -> None:
+    def __init__(self, *, model: str, tokenizer: Tokenizer, with_logprobs: bool, include_usage: bool = False) -> None:
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",

@@ -126,9 +126,7 @@ class _Choice:
                 self._count("error", news.at)
                 raise failed_in_engine(event.error, event.error_status)
             case "abort":
-                raise ApiError(
-                    "the engine was stopped before this request ended", status=503, code="engine_stopped"
-                )
+                raise ApiError("the engine was stopped before this request ended", status=503, code="engine_stopped")
 
     def delta(self) -> Delta | None:
         text, logprobs = self.spec.text.take()

@@ -99,9 +99,7 @@ class OpenAiApi:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
-        self._prompts = PromptEncoder(
-            tokenizer, max_model_len=engine.max_model_len, vocab_size=engine.vocab_size
-        )
+        self._prompts = PromptEncoder(tokenizer, max_model_len=engine.max_model_len, vocab_size=engine.vocab_size)
         self._card = {
             "id": model_name,
             "object": "model",
@@ -157,13 +155,9 @@ class OpenAiApi:
             for sample in range(num_samples)
         ]
         generation = Generation(self._engine, self._metrics, specs, num_samples=num_samples)
-        return GenerationResponse(
-            generation, shape, stream=bool(request.stream), include_usage=request.include_usage
-        )
+        return GenerationResponse(generation, shape, stream=bool(request.stream), include_usage=request.include_usage)
 
-    def _sequence(
-        self, request: GenerationRequest, prompt_ids: list[int], sample: int, *, echo: bool
-    ) -> SequenceSpec:
+    def _sequence(self, request: GenerationRequest, prompt_ids: list[int], sample: int, *, echo: bool) -> SequenceSpec:
         skip_special_tokens = request.skip_special_tokens is not False
         room = self._prompts.room_for_output(prompt_ids)
         max_tokens = room if request.output_limit is None else min(request.output_limit, room)
@@ -245,6 +239,4 @@ async def _http_error(http: Request, error: Any) -> Response:
 
 
 async def _our_fault(_: Request, __: Any) -> Response:
-    return ApiError(
-        "an error of the server; its log has the details", status=500, code="internal_error"
-    ).response()
+    return ApiError("an error of the server; its log has the details", status=500, code="internal_error").response()

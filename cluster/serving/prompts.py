@@ -36,8 +36,7 @@ class PromptEncoder:
         def encode() -> list[int]:
             text = self._tokenizer.render_chat(
                 [message.for_template() for message in request.messages],
-                add_generation_prompt=not request.continue_final_message
-                and request.add_generation_prompt is not False,
+                add_generation_prompt=not request.continue_final_message and request.add_generation_prompt is not False,
                 continue_final_message=bool(request.continue_final_message),
                 template_kwargs=request.chat_template_kwargs,
             )
@@ -49,9 +48,7 @@ class PromptEncoder:
         """The token ids of every prompt. Raises ApiError."""
         prompts = _as_list(request.prompt)
         if len(prompts) * (request.n or 1) > MAX_PROMPTS:
-            raise ApiError(
-                f"prompt times n is over {MAX_PROMPTS} sequences: send fewer in a request", param="prompt"
-            )
+            raise ApiError(f"prompt times n is over {MAX_PROMPTS} sequences: send fewer in a request", param="prompt")
 
         def encode() -> list[list[int]]:
             names = ["prompt"] if len(prompts) == 1 else [f"prompt[{index}]" for index in range(len(prompts))]
@@ -89,9 +86,7 @@ class PromptEncoder:
             raise self._too_long(name, str(len(token_ids)))
         if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
             index, unknown = next(
-                (index, token_id)
-                for index, token_id in enumerate(token_ids)
-                if not 0 <= token_id < self._vocab_size
+                (index, token_id) for index, token_id in enumerate(token_ids) if not 0 <= token_id < self._vocab_size
             )
             raise self._unknown_token(f"{name}[{index}]", unknown)
         return token_ids
@@ -106,9 +101,7 @@ class PromptEncoder:
     def _unknown_token(self, name: str, token_id: int) -> ApiError:
         digits = str(token_id)
         shown = digits if len(digits) <= 24 else f"{digits[:20]}..."
-        return ApiError(
-            f"{name}: no token has id {shown}, ids go from 0 to {self._vocab_size - 1}", param=name
-        )
+        return ApiError(f"{name}: no token has id {shown}, ids go from 0 to {self._vocab_size - 1}", param=name)
 
 
 def _as_list(prompt: Any) -> list[str | list[int]]:

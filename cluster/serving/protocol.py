@@ -43,9 +43,7 @@ def _message_text(value: Any) -> str:
     for index, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
-            raise ValueError(
-                f"part {index} should be of type text (this model reads text only), is {brief(kind)}"
-            )
+            raise ValueError(f"part {index} should be of type text (this model reads text only), is {brief(kind)}")
         if not isinstance(part.get("text"), str):
             raise ValueError(f"part {index} should have a string as its text")
     return "\n".join(part["text"] for part in value)
@@ -185,13 +183,9 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_completion(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ApiError(
-                "best_of is not supported: leave it out, or ask for n choices and pick one", param="best_of"
-            )
+            raise ApiError("best_of is not supported: leave it out, or ask for n choices and pick one", param="best_of")
         if self.echo and self.logprobs is not None:
-            raise ApiError(
-                "logprobs of the prompt are not supported: use either echo or logprobs", param="logprobs"
-            )
+            raise ApiError("logprobs of the prompt are not supported: use either echo or logprobs", param="logprobs")
         return self
 
     @property

@@ -35,9 +35,7 @@ def usage_object(usage: Usage) -> dict[str, int]:
 class GenerationResponse(Response):
     """Runs a generation for as long as its client is there: one that leaves frees its sequences at once."""
 
-    def __init__(
-        self, generation: Generation, shape: ResponseShape, *, stream: bool, include_usage: bool
-    ) -> None:
+    def __init__(self, generation: Generation, shape: ResponseShape, *, stream: bool, include_usage: bool) -> None:
         self._generation = generation
         self._shape = shape
         self._stream = stream

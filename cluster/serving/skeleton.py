@@ -46,7 +46,12 @@ class ModelSkeleton:
     """
 
     def __init__(
-        self, model: nn.Module, *, gates: Mapping[int, Gate], kv_layout: KVLayout, eos_token_ids: frozenset[int]
+        self,
+        model: nn.Module,
+        *,
+        gates: Mapping[int, Gate],
+        kv_layout: KVLayout,
+        eos_token_ids: frozenset[int],
     ) -> None:
         self.model = model
         self.gates = gates
@@ -161,9 +166,7 @@ def _load_model(
 
     # Same name and module as the family's class: transformers looks its renames up by them.
     skeleton_class = type(family.__name__, (family,), {"__init__": init, "__module__": family.__module__})
-    tensors = {
-        name: _LazyTensor(checkpoint, name) for name in checkpoint.files if not name.endswith("_scale_inv")
-    }
+    tensors = {name: _LazyTensor(checkpoint, name) for name in checkpoint.files if not name.endswith("_scale_inv")}
     try:
         with _quiet_transformers():
             model, info = skeleton_class.from_pretrained(  # type: ignore[attr-defined]

@@ -25,9 +25,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     Raises CheckpointError where there is none that the `tokenizers` library can run.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(directory), trust_remote_code=False, local_files_only=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"no usable tokenizer in {directory}: {error}") from error
     if not tokenizer.is_fast:
@@ -47,9 +45,7 @@ class Tokenizer:
         self._is_byte_level = isinstance(self._tokens.decoder, decoders.ByteLevel)
         added = self._tokens.get_added_tokens_decoder()
         self._added: dict[int, str] = {token_id: token.content for token_id, token in added.items()}
-        self._special: frozenset[int] = frozenset(
-            token_id for token_id, token in added.items() if token.special
-        )
+        self._special: frozenset[int] = frozenset(token_id for token_id, token in added.items() if token.special)
         self._byte_of_char = _byte_of_char()
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -62,9 +58,7 @@ class Tokenizer:
         """A fresh one for one sequence."""
         if self._is_byte_level:
             skipped = self._special if skip_special_tokens else frozenset()
-            return ByteLevelDetokenizer(
-                lambda token_id: b"" if token_id in skipped else self.token_bytes(token_id)
-            )
+            return ByteLevelDetokenizer(lambda token_id: b"" if token_id in skipped else self.token_bytes(token_id))
         return WindowDetokenizer(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes:
