@@ -66,7 +66,8 @@ def test_an_elastic_overlay_has_room_for_what_its_policies_may_ask(build):
             for group in cluster["workerGroupSpecs"]
         }
         if cluster["enableInTreeAutoscaling"]:
-            assert mesh.autoscaling.engine and mesh.autoscaling.experts
+            assert mesh.autoscaling.engine
+            assert mesh.autoscaling.experts
             assert mesh.autoscaling.engine["max_replicas"] <= room["engine"]
             assert mesh.autoscaling.experts["max_replicas"] * mesh.experts.groups <= room["experts"]
             assert mesh.autoscaling.engine["min_replicas"] == mesh.engine.replicas

@@ -46,6 +46,8 @@ def test_every_component_and_the_base_are_used(read_yaml):
     assert not unused
 
 
-@pytest.mark.parametrize("name", ["local", "mixtral-8x7b", "mixtral-8x22b", "deepseek-v3", "deepseek-v3-h200", "kimi-k2"])
+@pytest.mark.parametrize(
+    "name", ["local", "mixtral-8x7b", "mixtral-8x22b", "deepseek-v3", "deepseek-v3-h200", "kimi-k2"]
+)
 def test_the_promised_overlays_are_there(name):
     assert (DEPLOY / "overlays" / name / "kustomization.yaml").is_file()
