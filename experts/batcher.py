@@ -116,9 +116,7 @@ def merge_calls(calls: Sequence[ExpertCall]) -> ExpertCall:
     expert_ids_S, counts_S = torch.unique_consecutive(ids_R, return_counts=True)
     offsets_S1 = torch.zeros(len(counts_S) + 1, dtype=torch.int32)
     offsets_S1[1:] = counts_S.cumsum(0)
-    token_rows_R = torch.cat(
-        [call.token_rows_R + first for call, first in zip(calls, first_rows, strict=True)]
-    )
+    token_rows_R = torch.cat([call.token_rows_R + first for call, first in zip(calls, first_rows, strict=True)])
     return ExpertCall(
         layer=calls[0].layer,
         hidden_TH=torch.cat([call.hidden_TH for call in calls]),

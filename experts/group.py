@@ -67,6 +67,4 @@ class ExpertGroup:
     def describe(self) -> GroupDescription:
         """What the group holds now."""
         checksums = dict(sorted(self._shard.checksums.items()))
-        return GroupDescription(
-            group=self.group, device=str(self._device), spec=self.spec, checksums=checksums
-        )
+        return GroupDescription(group=self.group, device=str(self._device), spec=self.spec, checksums=checksums)

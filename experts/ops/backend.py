@@ -18,6 +18,11 @@ class ExpertBackend(Protocol):
     from any thread, one at a time; `load` and `free` may run beside them for slots that no call names.
     """
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
+
     def load(self, slot: int, weights: ExpertWeights) -> None:
         """Take one expert's weights (any dtype, on CPU) into `slot`, in the backend's own format."""
         ...

@@ -28,6 +28,8 @@ class CpuBackend:
     num_threads: cores that one call may use.
     """
 
+    device = torch.device("cpu")
+
     def __init__(self, spec: ExpertSpec, *, quantization: str = "none", num_threads: int = 1) -> None:
         if quantization not in SCHEMES:
             raise ConfigError(

@@ -19,8 +19,6 @@ class Float32Linear:
     def __call__(self, rows_RI: torch.Tensor) -> torch.Tensor:
         """float32 [R, I] to float32 [R, O]."""
         if self.packed:
-            out_RO: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-                rows_RI, self.weight, self.bias, "none", [], ""
-            )
+            out_RO: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows_RI, self.weight, self.bias, "none", [], "")
             return out_RO
         return F.linear(rows_RI, self.weight, self.bias)

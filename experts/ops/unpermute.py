@@ -17,9 +17,7 @@ def unpermute(
         return out_RH.new_zeros(num_tokens, out_RH.shape[1])
     token_rows_R, order_R = torch.sort(token_rows_R, stable=True)
     starts_T = torch.searchsorted(token_rows_R, torch.arange(num_tokens, dtype=token_rows_R.dtype))
-    return F.embedding_bag(
-        order_R, out_RH, starts_T, mode="sum", per_sample_weights=weights_R.float()[order_R]
-    )
+    return F.embedding_bag(order_R, out_RH, starts_T, mode="sum", per_sample_weights=weights_R.float()[order_R])
 
 
 def unpermute_reference(

@@ -98,9 +98,7 @@ class Checkpoint:
         shape, offset, nbytes = entry.shape, entry.offset, entry.nbytes
         if index is not None:
             if not shape or not 0 <= index < shape[0]:
-                raise CheckpointError(
-                    f"{self.path(name)}: tensor {name!r} of shape {list(shape)} has no {index}"
-                )
+                raise CheckpointError(f"{self.path(name)}: tensor {name!r} of shape {list(shape)} has no {index}")
             nbytes //= shape[0]
             offset += index * nbytes
             shape = shape[1:]
@@ -133,16 +131,13 @@ class Checkpoint:
                 header = self._headers[path.name] = _read_header(path)
         if name not in header:
             raise CheckpointError(
-                f"{path}: tensor {name!r} is missing, though {INDEX_FILE} says it is there; "
-                "download both again"
+                f"{path}: tensor {name!r} is missing, though {INDEX_FILE} says it is there; download both again"
             )
         return header[name]
 
     def _list_files(self) -> Mapping[str, str]:
         if not self.directory.is_dir():
-            raise CheckpointError(
-                f"{self.directory}: no such directory; give a Hugging Face checkpoint directory"
-            )
+            raise CheckpointError(f"{self.directory}: no such directory; give a Hugging Face checkpoint directory")
         if (self.directory / INDEX_FILE).exists():
             index = _read_json(self.directory / INDEX_FILE, "")
             files = index.get("weight_map") if isinstance(index, dict) else None
@@ -186,16 +181,13 @@ def _read_header(path: Path) -> Mapping[str, _Entry]:
             for name, value in header.items():
                 start, end = value["data_offsets"]
                 if value["dtype"] not in _DTYPES:
-                    raise CheckpointError(
-                        f"{path}: tensor {name!r} has dtype {value['dtype']}, which is not read"
-                    )
+                    raise CheckpointError(f"{path}: tensor {name!r} has dtype {value['dtype']}, which is not read")
                 entry = _Entry(_DTYPES[value["dtype"]], tuple(value["shape"]), data + start, end - start)
                 if entry.nbytes != math.prod(entry.shape) * entry.dtype.itemsize:
                     raise CheckpointError(f"{path}: tensor {name!r} has not the bytes that its shape needs")
                 if data + end > size:
                     raise CheckpointError(
-                        f"{path}: truncated, tensor {name!r} ends at byte {data + end} of {size}; "
-                        "download it again"
+                        f"{path}: truncated, tensor {name!r} ends at byte {data + end} of {size}; download it again"
                     )
                 entries[name] = entry
             return entries

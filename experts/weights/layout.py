@@ -139,9 +139,7 @@ def _describe_per_expert(
     intermediate_size, hidden_size = checkpoint.shape(f"{stem}{up}.weight")
     _check_hidden_size(checkpoint, config, f"{stem}{up}.weight", hidden_size)
     return ExpertLayout(
-        spec=_spec(
-            config, hidden_size, intermediate_size, gate is not None, f"{stem}{up}.bias" in checkpoint
-        ),
+        spec=_spec(config, hidden_size, intermediate_size, gate is not None, f"{stem}{up}.bias" in checkpoint),
         experts_per_layer={layer: len(experts[layer]) for layer in sorted(experts)},
         prefixes=prefixes,
         projections=Projections(gate=gate, up=up, down=down),
@@ -149,9 +147,7 @@ def _describe_per_expert(
     )
 
 
-def _describe_fused(
-    checkpoint: Checkpoint, config: Mapping[str, Any], matches: list[re.Match[str]]
-) -> ExpertLayout:
+def _describe_fused(checkpoint: Checkpoint, config: Mapping[str, Any], matches: list[re.Match[str]]) -> ExpertLayout:
     by_layer = {layer: match for match in matches if (layer := _layer(match, config)) is not None}
     prefixes = {layer: match["prefix"] for layer, match in sorted(by_layer.items())}
     first = by_layer[min(by_layer)]
@@ -206,9 +202,7 @@ def _hidden_size(config: Mapping[str, Any]) -> int | None:
     return size
 
 
-def _check_hidden_size(
-    checkpoint: Checkpoint, config: Mapping[str, Any], name: str, hidden_size: int
-) -> None:
+def _check_hidden_size(checkpoint: Checkpoint, config: Mapping[str, Any], name: str, hidden_size: int) -> None:
     if _hidden_size(config) not in (None, hidden_size):
         raise CheckpointError(
             f"{checkpoint.path(name)}: tensor {name!r} has {hidden_size} columns, but config.json says "
@@ -216,9 +210,7 @@ def _check_hidden_size(
         )
 
 
-def _spec(
-    config: Mapping[str, Any], hidden_size: int, intermediate_size: int, gated: bool, bias: bool
-) -> ExpertSpec:
+def _spec(config: Mapping[str, Any], hidden_size: int, intermediate_size: int, gated: bool, bias: bool) -> ExpertSpec:
     keys = ("hidden_act", "hidden_activation", "mlp_hidden_act", "dense_act_fn", "activation_function")
     activation = next((config[key] for key in keys if config.get(key)), "silu")
     limit, up_shift = None, 0.0

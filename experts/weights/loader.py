@@ -46,9 +46,7 @@ def load_experts(
     total, done = sum(sizes), 0
     waiting = deque(keys)
     with ThreadPoolExecutor(_READERS, thread_name_prefix="load-experts") as pool:
-        running = deque(
-            pool.submit(_load, checkpoint, layout, waiting.popleft()) for _ in keys[: 2 * _READERS]
-        )
+        running = deque(pool.submit(_load, checkpoint, layout, waiting.popleft()) for _ in keys[: 2 * _READERS])
         try:
             for size in sizes:
                 loaded = running.popleft().result()

@@ -161,13 +161,10 @@ def _check(call: ExpertCall) -> None:
         )
     if offsets[0] != 0 or offsets[-1] != num_rows or (offsets[1:] < offsets[:-1]).any():
         raise RequestError(
-            f"offsets: must rise from 0 to the number of token_rows ({num_rows}), not "
-            f"{offsets[0]} to {offsets[-1]}",
+            f"offsets: must rise from 0 to the number of token_rows ({num_rows}), not {offsets[0]} to {offsets[-1]}",
             "offsets",
         )
     if num_rows and (rows.min() < 0 or rows.max() >= num_tokens):
         raise RequestError(f"token_rows: rows 0 to {num_tokens - 1} of hidden can be read", "token_rows")
     if len(call.weights_R) != num_rows:
-        raise RequestError(
-            f"weights: one per token_row ({num_rows}) expected, not {len(call.weights_R)}", "weights"
-        )
+        raise RequestError(f"weights: one per token_row ({num_rows}) expected, not {len(call.weights_R)}", "weights")

@@ -139,9 +139,7 @@ def _quantise(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _widen(values: torch.Tensor, scales: bytes, field: str) -> torch.Tensor:
     if values.dim() != 2:
-        raise RequestError(
-            f"{field}.shape: float8 needs two dimensions, not {values.dim()}", f"{field}.shape"
-        )
+        raise RequestError(f"{field}.shape: float8 needs two dimensions, not {values.dim()}", f"{field}.shape")
     rows, columns = values.shape
     blocks = -(-columns // SCALE_COLUMNS)
     if len(scales) != rows * blocks * 4:

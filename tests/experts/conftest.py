@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from experts.group import ExpertGroup
+from experts.ops.cpu_backend import CpuBackend
 from experts.spec import ExpertKey
 from experts.weights.checkpoint import Checkpoint
 from experts.weights.layout import describe_experts
@@ -77,6 +78,6 @@ def loaded_group(tiny_checkpoint: Callable[..., TinyCheckpoint]) -> ExpertGroup:
     """Group 2 with every expert of layers 0 and 1 of the tiny Mixtral."""
     checkpoint = Checkpoint(tiny_checkpoint("mixtral")[0])
     layout = describe_experts(checkpoint, checkpoint.config())
-    group = ExpertGroup(2, layout.spec)
+    group = ExpertGroup(2, layout.spec, CpuBackend(layout.spec))
     group.assign(layout, checkpoint, [ExpertKey(layer, expert) for layer in (0, 1) for expert in range(6)])
     return group

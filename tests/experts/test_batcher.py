@@ -43,9 +43,7 @@ class GatedShard(ExpertShard):
 
 def random_call(seed: int, num_tokens: int, layer: int = 0, top_k: int = 2) -> ExpertCall:
     generator = torch.Generator().manual_seed(seed)
-    ids_TK = torch.stack(
-        [torch.randperm(NUM_EXPERTS, generator=generator)[:top_k] for _ in range(num_tokens)]
-    )
+    ids_TK = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[:top_k] for _ in range(num_tokens)])
     rows = sort_by_expert(ids_TK, torch.rand(num_tokens, top_k, generator=generator))
     hidden_TH = torch.randn(num_tokens, 8, generator=generator)
     return ExpertCall(layer=layer, hidden_TH=hidden_TH, **rows._asdict())
@@ -152,9 +150,7 @@ def test_a_lone_caller_runs_in_its_own_thread() -> None:
 @settings(max_examples=30, deadline=None)
 def test_merged_calls_are_valid_and_complete(shapes: list[tuple[int, int]]) -> None:
     calls = [
-        random_call(seed, num_tokens, top_k=top_k)
-        for seed, (num_tokens, top_k) in enumerate(shapes)
-        if num_tokens
+        random_call(seed, num_tokens, top_k=top_k) for seed, (num_tokens, top_k) in enumerate(shapes) if num_tokens
     ]
     if not calls:
         return

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experts.errors import CheckpointError, ConfigError, ExpertNotResident
+from experts.errors import CheckpointError, ExpertNotResident
 from experts.group import ExpertGroup
+from experts.ops.cpu_backend import CpuBackend
 from experts.ops.sort import sort_by_expert
 from experts.spec import ExpertCall, ExpertKey
 from experts.weights.checkpoint import Checkpoint
@@ -35,7 +36,7 @@ def test_two_groups_together_compute_transformers_layer(tiny_checkpoint: Make, f
     weights_TK = torch.rand(17, 3, generator=generator)
     got = torch.zeros(17, 32)
     for number in range(2):
-        group = ExpertGroup(number, layout.spec)
+        group = ExpertGroup(number, layout.spec, CpuBackend(layout.spec))
         mine = [expert for expert in range(6) if expert % 2 == number]
         group.assign(layout, checkpoint, [ExpertKey(1, expert) for expert in mine])
         own_ids_TK = torch.where(ids_TK % 2 == number, ids_TK, -1)
@@ -49,7 +50,7 @@ def test_two_groups_together_compute_transformers_layer(tiny_checkpoint: Make, f
 def test_assign_loads_and_frees_the_difference(tiny_checkpoint: Make) -> None:
     checkpoint = Checkpoint(tiny_checkpoint("mixtral")[0])
     layout = describe_experts(checkpoint, checkpoint.config())
-    group = ExpertGroup(0, layout.spec)
+    group = ExpertGroup(0, layout.spec, CpuBackend(layout.spec))
     assert group.describe().checksums == {}
     first = [ExpertKey(0, 1), ExpertKey(2, 4)]
     group.assign(layout, checkpoint, first)
@@ -69,7 +70,7 @@ def test_assign_loads_and_frees_the_difference(tiny_checkpoint: Make) -> None:
 def test_a_failed_assign_keeps_what_was_there(tiny_checkpoint: Make) -> None:
     checkpoint = Checkpoint(tiny_checkpoint("mixtral")[0])
     layout = describe_experts(checkpoint, checkpoint.config())
-    group = ExpertGroup(0, layout.spec)
+    group = ExpertGroup(0, layout.spec, CpuBackend(layout.spec))
     group.assign(layout, checkpoint, [ExpertKey(0, 1)])
     with pytest.raises(CheckpointError, match="no expert 50 in layer 0"):
         group.assign(layout, checkpoint, [ExpertKey(0, 50)])
@@ -80,12 +81,3 @@ def test_describe_says_what_and_where(loaded_group: ExpertGroup) -> None:
     described = loaded_group.describe()
     assert (described.group, described.device, described.spec.hidden_size) == (2, "cpu", 32)
     assert len(set(described.checksums.values())) == 12
-
-
-def test_impossible_devices_and_schemes_are_refused(tiny_checkpoint: Make) -> None:
-    checkpoint = Checkpoint(tiny_checkpoint("mixtral")[0])
-    spec = describe_experts(checkpoint, checkpoint.config()).spec
-    with pytest.raises(ConfigError, match=r"experts\.device: no backend for 'meta'"):
-        ExpertGroup(0, spec, device="meta")
-    with pytest.raises(ConfigError, match=r"model\.quantization: 'int4' needs a GPU"):
-        ExpertGroup(0, spec, quantization="int4")

@@ -48,9 +48,7 @@ def make_call(num_tokens: int = 3, layer: int = 0, expert: int = 1, hidden: int 
     )
 
 
-def test_a_generated_client_gets_what_the_group_computes(
-    loaded_group: ExpertGroup, channel: grpc.Channel
-) -> None:
+def test_a_generated_client_gets_what_the_group_computes(loaded_group: ExpertGroup, channel: grpc.Channel) -> None:
     call = make_call()
     reply = ExpertServiceStub(channel).Forward(pb.ForwardRequest.FromString(encode_call(call, 4)))
     assert reply.call_id == 4
@@ -59,9 +57,7 @@ def test_a_generated_client_gets_what_the_group_computes(
     torch.testing.assert_close(got, loaded_group.forward(call), rtol=0, atol=0)
 
 
-def test_a_stream_answers_in_order_and_outlives_bad_calls(
-    loaded_group: ExpertGroup, channel: grpc.Channel
-) -> None:
+def test_a_stream_answers_in_order_and_outlives_bad_calls(loaded_group: ExpertGroup, channel: grpc.Channel) -> None:
     stream = channel.stream_stream(f"/{SERVICE}/Stream")
     good = [make_call(n) for n in (1, 5, 4000)]
     requests = [

@@ -32,9 +32,7 @@ def random_weights(spec: ExpertSpec, generator: torch.Generator) -> ExpertWeight
 
 
 def random_rows(num_tokens: int, top_k: int, generator: torch.Generator) -> SortedRows:
-    ids_TK = torch.stack(
-        [torch.randperm(NUM_EXPERTS, generator=generator)[:top_k] for _ in range(num_tokens)]
-    )
+    ids_TK = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[:top_k] for _ in range(num_tokens)])
     return sort_by_expert(ids_TK, torch.rand(num_tokens, top_k, generator=generator))
 
 
@@ -70,9 +68,7 @@ def test_equals_the_float64_reference(
     hidden_TH = torch.randn(num_tokens, spec.hidden_size, generator=generator)
     rows = random_rows(num_tokens, top_k, generator)
     got = backend.forward(hidden_TH, rows.expert_ids_S + 3, *rows[1:])
-    expected = expert_mlp_reference(
-        spec, [weights_E[e] for e in rows.expert_ids_S.tolist()], hidden_TH, *rows[1:]
-    )
+    expected = expert_mlp_reference(spec, [weights_E[e] for e in rows.expert_ids_S.tolist()], hidden_TH, *rows[1:])
     assert got.dtype is torch.float32
     scale = expected.norm().clamp_min(1e-3)
     assert (got - expected).norm() / scale < TOLERANCE[quantization]
@@ -90,9 +86,7 @@ def test_a_token_does_not_depend_on_its_batch(quantization: str) -> None:
     weights_TK = torch.rand(33, 2, generator=generator)
     together = backend.forward(hidden_TH, *sort_by_expert(ids_TK, weights_TK))
     for t in range(33):
-        alone = backend.forward(
-            hidden_TH[t : t + 1], *sort_by_expert(ids_TK[t : t + 1], weights_TK[t : t + 1])
-        )
+        alone = backend.forward(hidden_TH[t : t + 1], *sort_by_expert(ids_TK[t : t + 1], weights_TK[t : t + 1]))
         torch.testing.assert_close(together[t : t + 1], alone, rtol=1e-5, atol=1e-6)
 
 

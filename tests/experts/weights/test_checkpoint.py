@@ -29,9 +29,7 @@ def single(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_reads_what_safetensors_reads(
-    tiny_checkpoint: Callable[..., tuple[Path, object]], sharded: bool
-) -> None:
+def test_reads_what_safetensors_reads(tiny_checkpoint: Callable[..., tuple[Path, object]], sharded: bool) -> None:
     directory, _ = tiny_checkpoint("mixtral", sharded)
     checkpoint = Checkpoint(directory)
     files = sorted(directory.glob("*.safetensors"))

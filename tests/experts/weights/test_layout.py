@@ -110,9 +110,7 @@ def test_a_gap_in_the_experts_is_named(tiny_checkpoint: Make, tmp_path: Path) ->
         ({"quantization_config": {"quant_method": "mxfp4"}}, "quant_method 'mxfp4'"),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused(
-    tiny_checkpoint: Make, config: dict[str, object], message: str
-) -> None:
+def test_a_config_that_does_not_fit_is_refused(tiny_checkpoint: Make, config: dict[str, object], message: str) -> None:
     checkpoint = Checkpoint(tiny_checkpoint("qwen3_moe")[0])
     with pytest.raises(CheckpointError, match=message):
         describe_experts(checkpoint, {**checkpoint.config(), **config})

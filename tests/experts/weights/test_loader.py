@@ -84,15 +84,11 @@ def float8_checkpoint(directory: Path, intermediate: int, block: int) -> dict[st
         wide[name] = values.float() * scale[rows][:, columns]
     save_file(tensors, directory / SINGLE_FILE)
     quantization = {"quant_method": "fp8", "weight_block_size": [block, block]}
-    (directory / "config.json").write_text(
-        json.dumps({"hidden_size": 160, "quantization_config": quantization})
-    )
+    (directory / "config.json").write_text(json.dumps({"hidden_size": 160, "quantization_config": quantization}))
     return wide
 
 
-@pytest.mark.parametrize(
-    ("intermediate", "block", "kept"), [(256, 128, True), (200, 128, False), (256, 64, False)]
-)
+@pytest.mark.parametrize(("intermediate", "block", "kept"), [(256, 128, True), (200, 128, False), (256, 64, False)])
 def test_float8_checkpoints(tmp_path: Path, intermediate: int, block: int, kept: bool) -> None:
     wide = float8_checkpoint(tmp_path, intermediate, block)
     checkpoint = Checkpoint(tmp_path)
