@@ -11,7 +11,8 @@ from fastapi import FastAPI
 from cluster.config.mesh import MeshConfig
 from cluster.control.client import ControllerClient
 from cluster.control.follow import follow_tables
-from cluster.model_files import open_checkpoint, pick_device, pick_dtype
+from cluster.engine_limits import engine_limits
+from cluster.model_files import expert_backend, open_checkpoint, pick_device, pick_dtype
 from cluster.serving.engine import Engine
 from cluster.serving.health import GroupHealth, Health
 from cluster.serving.openai_api import create_app
@@ -69,12 +70,15 @@ class EngineHost:
             on_expert_loss=config.experts.on_expert_loss,
         )
         skeleton.connect(self._router)
+        max_model_len, kv_cache_memory = engine_limits(
+            config.engine, skeleton.kv_layout, skeleton.max_position_embeddings
+        )
         self._engine = Engine(
             skeleton,
             max_num_seqs=config.engine.max_num_seqs,
             max_num_batched_tokens=config.engine.max_num_batched_tokens,
-            max_model_len=config.engine.max_model_len,
-            kv_cache_memory=config.engine.kv_cache_memory,
+            max_model_len=max_model_len,
+            kv_cache_memory=kv_cache_memory,
             max_queue_len=config.engine.max_queue_len,
         )
         self._engine.start()
@@ -96,7 +100,6 @@ class EngineHost:
         """Raise if this engine no longer works."""
         if self._following is not None and self._following.done():
             self._following.result()
-        assert self._engine is None or self._engine.alive, "the engine's thread has died"
 
     async def stop(self) -> None:
         """Stop the engine; sequences that are still running end with an error event."""
@@ -142,14 +145,8 @@ def _local_experts(checkpoint: Checkpoint, config: MeshConfig) -> tuple[Placemen
     holders = balanced(layout.experts_per_layer, count, nodes_of_groups=None)
     groups = {}
     for number in range(count):
-        group = ExpertGroup(
-            number,
-            layout.spec,
-            device=device,
-            dtype=pick_dtype(config.model.dtype, model_config, device),
-            quantization=config.model.quantization,
-            num_threads=torch.get_num_threads(),
-        )
+        backend = expert_backend(config, layout.spec, model_config, device, num_threads=torch.get_num_threads())
+        group = ExpertGroup(number, layout.spec, backend)
         keys = [ExpertKey(layer, e) for layer, held in holders.items() for e, by in enumerate(held) if number in by]
         group.assign(layout, checkpoint, keys)
         groups[f"local-{number}"] = group

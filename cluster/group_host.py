@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cluster.config.mesh import MeshConfig
 from cluster.control.client import ControllerClient
 from cluster.control.controller import Assignment
-from cluster.model_files import open_checkpoint, pick_device, pick_dtype
+from cluster.model_files import expert_backend, open_checkpoint, pick_device
 from experts.group import ExpertGroup
 from experts.server import ExpertServer
 from experts.weights.layout import describe_experts
@@ -48,14 +48,9 @@ class GroupHost:
         model_config = self._checkpoint.config()
         self._layout = describe_experts(self._checkpoint, model_config)
         device = pick_device(config.experts.device)
-        self.group = ExpertGroup(
-            group,
-            self._layout.spec,
-            device=device,
-            dtype=pick_dtype(config.model.dtype, model_config, device),
-            quantization=config.model.quantization,
-            num_threads=max(1, len(os.sched_getaffinity(0)) // config.experts.groups),
-        )
+        cores_each = max(1, len(os.sched_getaffinity(0)) // config.experts.groups)
+        backend = expert_backend(config, self._layout.spec, model_config, device, num_threads=cores_each)
+        self.group = ExpertGroup(group, self._layout.spec, backend)
         host = identity.host if config.experts.listen_host == "auto" else config.experts.listen_host
         self._server = ExpertServer(self.group, host=host)
         self._device = str(device)

@@ -10,6 +10,8 @@ import torch
 from cluster.config.mesh import MeshConfig, ModelConfig
 from cluster.serving.checkpoint_source import checkpoint_directory
 from experts.errors import ConfigError
+from experts.ops.backend import ExpertBackend, build_backend
+from experts.spec import ExpertSpec
 from experts.weights.checkpoint import Checkpoint
 from experts.weights.layout import ExpertLayout, describe_experts
 from router_service.placement import balanced
@@ -39,6 +41,19 @@ def check_model(config: MeshConfig) -> ExpertLayout:
         num_redundant_experts=config.experts.num_redundant_experts,
     )
     return layout
+
+
+def expert_backend(
+    config: MeshConfig, spec: ExpertSpec, model_config: Mapping[str, Any], device: torch.device, *, num_threads: int
+) -> ExpertBackend:
+    """What computes a group's experts. num_threads: cores of this machine that one call may use."""
+    return build_backend(
+        spec,
+        device=device,
+        dtype=pick_dtype(config.model.dtype, model_config, device),
+        quantization=config.model.quantization,
+        num_threads=num_threads,
+    )
 
 
 def pick_device(device: str) -> torch.device:
