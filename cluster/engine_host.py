@@ -115,7 +115,7 @@ class EngineHost:
         dtype = pick_dtype(self._config.model.dtype, checkpoint.config(), device)
         if dtype is not torch.float32 and device.type == "cpu":
             raise ConfigError(f"model.dtype: {self._config.model.dtype} is for GPUs; use auto or float32 on a CPU")
-        return load_skeleton(checkpoint.directory, dtype=dtype, device=device), load_tokenizer(checkpoint.directory)
+        return load_skeleton(checkpoint, dtype=dtype, device=device), load_tokenizer(checkpoint.directory)
 
     def _on_table(self, table: PlacementTable) -> None:
         assert self._router is not None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cluster.config.mesh import MeshConfig, ModelConfig
-from cluster.serving.checkpoint_source import checkpoint_directory
+from cluster.serving import checkpoint_source
 from experts.errors import ConfigError
 from experts.ops.backend import ExpertBackend, build_backend
 from experts.spec import ExpertSpec
@@ -24,7 +24,7 @@ def open_checkpoint(model: ModelConfig) -> Checkpoint:
 
     Raises CheckpointError, ConfigError.
     """
-    return Checkpoint(checkpoint_directory(model.source, revision=model.revision))
+    return checkpoint_source.open_checkpoint(model.source, revision=model.revision)
 
 
 def check_model(config: MeshConfig) -> ExpertLayout:

@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
@@ -54,7 +53,7 @@ class StepCache:
 
 
 def attend(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

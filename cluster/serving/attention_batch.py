@@ -25,7 +25,9 @@ class Chunk:
 
 @dataclass(kw_only=True, slots=True)
 class DecodeGroup:
-    """Sequences of one arena with one new token each: rows [start, stop) of the batch, slots [0, num_slots) of the arena.
+    """Sequences of one arena with one new token each.
+
+    They have rows [start, stop) of the batch; slots [0, num_slots) of the arena are computed.
 
     rows_B:   slot of each row, None where rows and slots are the same 0..B-1
     slots_B, positions_B: where each row's key and value are written

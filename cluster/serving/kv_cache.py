@@ -21,7 +21,7 @@ MIN_CAPACITY = 256
 class KVLayout:
     """What one token leaves in the cache of one layer.
 
-    latent: multi-head latent attention; one row `[c_kv, k_rope]` of key_dim, whose first value_dim numbers are the value
+    latent: multi-head latent attention; one row `[c_kv, k_rope]` of key_dim, the first value_dim of it are the value
     """
 
     num_layers: int
@@ -62,6 +62,8 @@ class Arena:
         self.slots: list[Slot] = []
         self._layout = layout
         self.num_slots = 0
+        self.key: torch.Tensor
+        self.value: torch.Tensor
         self.resize(0)
 
     @property

@@ -8,8 +8,9 @@ multiplications.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 
@@ -19,7 +20,7 @@ class LatentProjections:
     up_key_HNR: [heads, qk_nope_head_dim, kv_lora_rank];  up_value_HRV: [heads, kv_lora_rank, v_head_dim]
     """
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: Any) -> None:
         self.nope: int = attention.qk_nope_head_dim
         self.rope: int = attention.qk_rope_head_dim
         self.rank: int = attention.kv_lora_rank
@@ -36,7 +37,7 @@ class LatentProjections:
 
     def absorb(self, query_HTD: torch.Tensor) -> torch.Tensor:
         """Queries that score against latents: [heads, T, kv_lora_rank + qk_rope_head_dim]."""
-        nope_HTN, rope_HTD = query_HTD.split([self.nope, self.rope], dim=-1)
+        nope_HTN, rope_HTD = torch.split(query_HTD, [self.nope, self.rope], dim=-1)
         return torch.cat((torch.bmm(nope_HTN, self.up_key_HNR), rope_HTD), dim=-1)
 
     def unabsorb(self, latents_HTR: torch.Tensor) -> torch.Tensor:
@@ -45,8 +46,8 @@ class LatentProjections:
 
     def expand(self, rows_LD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [heads, L, qk_head_dim] and values [heads, L, v_head_dim] of cached rows."""
-        latents_LR, rope_LD = rows_LD.split([self.rank, self.rope], dim=-1)
+        latents_LR, rope_LD = torch.split(rows_LD, [self.rank, self.rope], dim=-1)
         expanded = F.linear(latents_LR, self.weight).view(rows_LD.shape[0], -1, self.nope + self.value_dim)
-        nope_HLN, value_HLV = expanded.transpose(0, 1).split([self.nope, self.value_dim], dim=-1)
+        nope_HLN, value_HLV = torch.split(expanded.transpose(0, 1), [self.nope, self.value_dim], dim=-1)
         key_HLD = torch.cat((nope_HLN, rope_LD.expand(nope_HLN.shape[0], -1, -1)), dim=-1)
         return key_HLD, value_HLV

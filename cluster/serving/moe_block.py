@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -77,7 +77,7 @@ class MoeBlock(nn.Module):
     def __init__(self, layer: int, block: nn.Module, connection: RouterConnection) -> None:
         super().__init__()
         self.layer = layer
-        self.gate: nn.Module = block.get_submodule("gate")
+        self.gate: Any = block.get_submodule("gate")
         self.shared_experts: nn.Module | None = getattr(block, "shared_experts", None)
         self._connection = connection
 

@@ -87,23 +87,16 @@ class ModelSkeleton:
         return logits.float()
 
 
-def load_skeleton(directory: str | Path, *, dtype: torch.dtype, device: torch.device) -> ModelSkeleton:
-    """The skeleton of the checkpoint in `directory`.
+def load_skeleton(source: Checkpoint | str | Path, *, dtype: torch.dtype, device: torch.device) -> ModelSkeleton:
+    """The skeleton of a checkpoint, or of the one in a directory.
 
     Raises CheckpointError where the family cannot be served, or a file or tensor is missing or does not fit.
     """
-    checkpoint = Checkpoint(directory)
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     raw_config = checkpoint.config()
     config = _model_config(checkpoint)
     model = _load_model(checkpoint, config, raw_config, dtype).to(device)
-    gates = {
-        block.layer: build_gate(
-            _known_spec(raw_config), block.gate.weight, getattr(block.gate, "e_score_correction_bias", None)
-        )
-        for block in model.modules()
-        if isinstance(block, MoeBlock)
-    }
-    latent = [module for module in model.modules() if hasattr(module, "expand_kv")]
+    latent: list[Any] = [module for module in model.modules() if hasattr(module, "expand_kv")]
     for module in latent:
         # The cache keeps latents and the attention function works on them.
         module.latent_projections = LatentProjections(module)
@@ -112,9 +105,9 @@ def load_skeleton(directory: str | Path, *, dtype: torch.dtype, device: torch.de
         pack_linears(model, keep=frozenset(module.kv_b_proj for module in latent))
     return ModelSkeleton(
         model,
-        gates=gates,
+        gates=_gates(model, raw_config),
         kv_layout=_kv_layout(config, latent=bool(latent), dtype=dtype, device=device),
-        eos_token_ids=_eos_token_ids(Path(directory), config),
+        eos_token_ids=_eos_token_ids(checkpoint.directory, config),
     )
 
 
@@ -122,7 +115,7 @@ def _model_config(checkpoint: Checkpoint) -> PretrainedConfig:
     raw = checkpoint.config()
     where = checkpoint.directory / "config.json"
     model_type = raw.get("model_type")
-    family = _ALIASES.get(model_type, model_type)
+    family = _ALIASES.get(str(model_type), model_type)
     if family not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{where}: model_type {model_type!r} is not a model of the installed transformers; "
@@ -233,10 +226,16 @@ def widen_fp8(weight_NK: torch.Tensor, scale: torch.Tensor, block: int = 128) ->
     return weight_NK.float() * scale_NK
 
 
-def _known_spec(raw_config: Mapping[str, Any]) -> Any:
+def _gates(model: nn.Module, raw_config: Mapping[str, Any]) -> Mapping[int, Gate]:
+    """Gates of the layers whose blocks we built; layer -> gate."""
     spec = gate_spec_from_config(raw_config)
-    assert spec is not None, "a MoeBlock stands only where the router has the gate"
-    return spec
+    if spec is None:
+        return {}
+    return {
+        block.layer: build_gate(spec, block.gate.weight, getattr(block.gate, "e_score_correction_bias", None))
+        for block in model.modules()
+        if isinstance(block, MoeBlock)
+    }
 
 
 def _kv_layout(config: Any, *, latent: bool, dtype: torch.dtype, device: torch.device) -> KVLayout:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,16 @@ class _Entry:
 class Checkpoint:
     """Tensors of a checkpoint directory by name. Thread-safe; files' headers are read when first needed.
 
+    fetch:      called with the name of a file that is listed and not there yet, before it is opened
     files:      tensor name -> file name, of every tensor
     bytes_read: tensor bytes read so far
 
     Raises CheckpointError, here and in every method, naming the file and the tensor.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], *, fetch: Callable[[str], object] | None = None) -> None:
         self.directory = Path(directory)
+        self._fetch = fetch
         self.bytes_read = 0
         self._lock = threading.Lock()
         self._headers: dict[str, Mapping[str, _Entry]] = {}
@@ -125,6 +127,8 @@ class Checkpoint:
 
     def _entry(self, name: str) -> _Entry:
         path = self.path(name)
+        if self._fetch is not None and not path.exists():
+            self._fetch(path.name)
         with self._lock:
             header = self._headers.get(path.name)
             if header is None:

@@ -141,7 +141,7 @@ def test_ends_on_eos_stop_ids_and_length(connected_skeleton: Connect) -> None:
 
         stopping = {"max_tokens": 12, "temperature": 0.0, "stop_token_ids": frozenset({stop})}
         assert finish(SamplingParams(**stopping)) == (tokens[: first + 1], "stop")
-        later, reason = finish(SamplingParams(**stopping, min_tokens=8))
+        later, _ = finish(SamplingParams(**stopping, min_tokens=8))
         assert len(later) >= 8
         assert stop not in later[:7]
         assert finish(GREEDY) == (tokens, "length")
