@@ -57,9 +57,7 @@ def _other_hardware(request: PlanRequest) -> Iterator[Change]:
             if candidate is not None and candidate.fits:
                 size = f"--nodes {nodes} --gpus-per-node {request.gpus_per_node}"
                 flag = size if same else f"--gpu {gpu.name} {size}"
-                yield Change(
-                    flag=flag, meaning=f"{nodes} x {request.gpus_per_node} {gpu.name}", plan=candidate
-                )
+                yield Change(flag=flag, meaning=f"{nodes} x {request.gpus_per_node} {gpu.name}", plan=candidate)
                 break
 
 
@@ -83,9 +81,7 @@ def cheapest_lift(plan: Plan) -> Change | None:
             or change.plan.tokens_per_second > 1.2 * before.tokens_per_second
         )
     ]
-    return min(
-        changes, key=lambda c: (c.plan.gpus, _effort(c, request), -c.plan.tokens_per_second), default=None
-    )
+    return min(changes, key=lambda c: (c.plan.gpus, _effort(c, request), -c.plan.tokens_per_second), default=None)
 
 
 def _effort(change: Change, request: PlanRequest) -> int:
@@ -97,9 +93,7 @@ def _effort(change: Change, request: PlanRequest) -> int:
 
 def _software(request: PlanRequest) -> Iterator[Change]:
     if request.wire_dtype != "fp8":
-        yield from _change(
-            replace(request, wire_dtype="fp8"), "--wire-dtype fp8", "dispatch in fp8, with its error"
-        )
+        yield from _change(replace(request, wire_dtype="fp8"), "--wire-dtype fp8", "dispatch in fp8, with its error")
     yield from _quantizations(request)
     more = 2 * request.max_num_seqs
     yield from _change(
@@ -111,9 +105,7 @@ def _hardware(request: PlanRequest) -> Iterator[Change]:
     faster = [i for i in interconnect_presets().values() if i.bytes_per_s > request.interconnect.bytes_per_s]
     for interconnect in faster:
         changed = replace(request, interconnect=interconnect)
-        yield from _change(
-            changed, f"--interconnect {interconnect.name}", f"join the nodes by {interconnect.name}"
-        )
+        yield from _change(changed, f"--interconnect {interconnect.name}", f"join the nodes by {interconnect.name}")
     nodes = request.nodes + 1
     yield from _change(replace(request, nodes=nodes), f"--nodes {nodes}", "one more node")
     for gpu in gpu_presets().values():

@@ -28,9 +28,7 @@ _WIRE_DTYPES = ("model", "bf16", "fp8")
 
 
 def command(
-    model: Annotated[
-        str, typer.Argument(help=f"config.json, a directory with one, or: {', '.join(model_presets())}")
-    ],
+    model: Annotated[str, typer.Argument(help=f"config.json, a directory with one, or: {', '.join(model_presets())}")],
     gpu: Annotated[str, typer.Option(help=f"{', '.join(gpu_presets())}, or a YAML of your own")] = "h100-80g",
     nodes: Annotated[int | None, typer.Option(help="Nodes; the fewest that fit where not given")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="The card's usual number where not given")] = None,
@@ -47,9 +45,7 @@ def command(
     price_per_gpu_hour: Annotated[float | None, typer.Option(help="For the cost of a million tokens")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw nodes, GPUs and groups: a .svg or .png")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Every figure, as JSON")] = False,
-    as_kustomize: Annotated[
-        bool, typer.Option("--kustomize", help="The patch of an overlay under deploy/")
-    ] = False,
+    as_kustomize: Annotated[bool, typer.Option("--kustomize", help="The patch of an overlay under deploy/")] = False,
 ) -> None:
     """What a model needs, before a GPU is booked: memory, slots, traffic, speed, cost, and what cannot work.
 

@@ -129,5 +129,6 @@ def _gpus(document: Any, origin: str) -> dict[str, Gpu]:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    begun = [each for each in known if name and each.startswith(name)]
+    near = begun or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"

@@ -39,6 +39,7 @@ def read_architecture(config: Config, source: str) -> Architecture:
         }
     keys = _Keys(config, source)
     experts = keys.first(_EXPERTS)
+    _check_attention(keys)
     if not experts or experts < 2:
         raise ConfigError(
             f"{source}: none of {', '.join(_EXPERTS)} is at least 2, so the model has no routed experts; "
@@ -52,8 +53,7 @@ def read_architecture(config: Config, source: str) -> Architecture:
         )
     if experts % architecture.num_groups or architecture.topk_group > architecture.num_groups:
         raise ConfigError(
-            f"{source}: n_group {architecture.num_groups} must divide {experts} experts "
-            "and be at least topk_group"
+            f"{source}: n_group {architecture.num_groups} must divide {experts} experts and be at least topk_group"
         )
     return architecture
 
@@ -78,9 +78,7 @@ class _Keys:
     def required(self, *names: str) -> int:
         value = self.first(names)
         if not value:
-            raise ConfigError(
-                f"{self.source}: {' or '.join(names)} is missing; add it as the model's card states it"
-            )
+            raise ConfigError(f"{self.source}: {' or '.join(names)} is missing; add it as the model's card states it")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
@@ -88,6 +86,14 @@ class _Keys:
         if not isinstance(value, bool):
             raise ConfigError(f"{self.source}: {key} is {value!r}, true or false is needed")
         return value
+
+
+def _check_attention(keys: _Keys) -> None:
+    """Refuses layers that are neither attention nor MoE: counting them as attention would be silently wrong."""
+    kinds = set(keys.config.get("layer_types") or ()) - {"full_attention", "sliding_attention", "chunked_attention"}
+    if kinds or "attn_layer_period" in keys.config:
+        named = ", ".join(sorted(map(str, kinds))) or "state-space layers"
+        raise ConfigError(f"{keys.source}: layer_types has {named}; the planner knows softmax attention only")
 
 
 def _decoder(keys: _Keys, experts: int) -> Architecture:
@@ -127,9 +133,7 @@ def _encoder_decoder(keys: _Keys, experts: int) -> Architecture:
     hidden, heads = keys.required("d_model"), keys.required("num_heads")
     encoder = keys.required("num_layers")
     decoder = keys.first(("num_decoder_layers",)) or encoder
-    sparse = (keys.optional("num_sparse_encoder_layers") or 0) + (
-        keys.optional("num_sparse_decoder_layers") or 0
-    )
+    sparse = (keys.optional("num_sparse_encoder_layers") or 0) + (keys.optional("num_sparse_decoder_layers") or 0)
     gated = keys.flag("is_gated_act", False)
     return Architecture(
         model_type=str(keys.config.get("model_type", "")),
@@ -175,9 +179,7 @@ def _attention(keys: _Keys, model_type: str) -> GroupedQueryAttention | LatentAt
     hidden = keys.required("hidden_size")
     head_dim = keys.first(("head_dim",))
     if not head_dim and hidden % heads:
-        raise ConfigError(
-            f"{keys.source}: hidden_size {hidden} is no multiple of {heads} heads; state head_dim"
-        )
+        raise ConfigError(f"{keys.source}: hidden_size {hidden} is no multiple of {heads} heads; state head_dim")
     return GroupedQueryAttention(
         num_heads=heads,
         num_key_value_heads=keys.first(("num_key_value_heads",)) or heads,
@@ -193,11 +195,11 @@ def _is_moe_layer(keys: _Keys, layer: int) -> bool:
         return layer < len(kinds) and kinds[layer] == "sparse"
     if layer in (keys.config.get("mlp_only_layers") or ()):
         return False
-    step = keys.optional("decoder_sparse_step") or 1
+    step = keys.optional("decoder_sparse_step") or keys.optional("moe_layer_interval") or 1
     frequency = keys.config.get("moe_layer_freq", 1)
     if isinstance(frequency, list):
         return layer < len(frequency) and bool(frequency[layer])
-    dense_first = keys.optional("first_k_dense_replace") or 0
+    dense_first = keys.first(("first_k_dense_replace", "moe_layer_start_index")) or 0
     return layer >= dense_first and layer % (frequency or 1) == 0 and (layer + 1) % step == 0
 
 

@@ -51,8 +51,6 @@ def plan_memory(
         bytes_per_expert=per_expert,
         expert_weights=architecture.num_moe_layers * split.slots_per_group * per_expert,
         engine_weights=engine_weights,
-        kv_bytes_per_token=architecture.cache_layers
-        * architecture.attention.cache_width
-        * architecture.dtype_bytes,
+        kv_bytes_per_token=architecture.cache_layers * architecture.attention.cache_width * architecture.dtype_bytes,
         kv_cache=usable - engine_weights,
     )

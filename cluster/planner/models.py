@@ -22,12 +22,17 @@ _PRESETS = files("cluster.planner") / "presets" / "models"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """A model to plan for. rumoured: its numbers were never published by whoever trained it."""
+    """A model to plan for.
+
+    rumoured: its numbers were never published by whoever trained it
+    note:     how its counts compare with the published ones, where that needs a word
+    """
 
     name: str
     source: str
     architecture: Architecture
     rumoured: bool = False
+    note: str = ""
 
 
 @cache
@@ -51,7 +56,8 @@ def find_model(name: str) -> Model:
         preset = _preset(name)
         architecture = read_architecture(preset["config"], f"preset {name}")
         rumoured = bool(preset.get("rumoured", False))
-        return Model(name=name, source=preset["source"], architecture=architecture, rumoured=rumoured)
+        note = str(preset.get("note", ""))
+        return Model(name=name, source=preset["source"], architecture=architecture, rumoured=rumoured, note=note)
     path = Path(name)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():

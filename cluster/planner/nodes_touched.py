@@ -20,9 +20,7 @@ _EXACT_NODES = 4
 
 
 @lru_cache(maxsize=4096)
-def expected_nodes(
-    holders: Holders, experts_per_token: int, num_groups: int = 1, topk_group: int = 1
-) -> float:
+def expected_nodes(holders: Holders, experts_per_token: int, num_groups: int = 1, topk_group: int = 1) -> float:
     """Expected number of nodes that a token's experts need.
 
     holders: for each expert, the nodes that hold a copy of it, ascending.
@@ -58,9 +56,7 @@ def touch_probabilities(
     return tuple(chances)
 
 
-def _eligible(
-    holders: Holders, num_groups: int, topk_group: int
-) -> Iterable[tuple[Counter[tuple[int, ...]], float]]:
+def _eligible(holders: Holders, num_groups: int, topk_group: int) -> Iterable[tuple[Counter[tuple[int, ...]], float]]:
     """For each choice of gate groups: its experts, counted by who holds them, and how likely it is."""
     size = len(holders) // num_groups
     groups = [Counter(holders[group * size : (group + 1) * size]) for group in range(num_groups)]
@@ -91,9 +87,7 @@ def _fewest_exact(classes: Counter[tuple[int, ...]], drawn: int, nodes: int) -> 
             sign = 1 if count % 2 else -1
             for family in combinations(sets, count):
                 inside = sum(
-                    number
-                    for held, number in classes.items()
-                    if all(nodes_.intersection(held) for nodes_ in family)
+                    number for held, number in classes.items() if all(nodes_.intersection(held) for nodes_ in family)
                 )
                 covered += sign * comb(inside, drawn) / comb(total, drawn)
         expected += 1.0 - covered
@@ -124,11 +118,8 @@ def contiguous(num_experts: int, groups_on_node: Sequence[int], num_redundant: i
         while expert >= bounds[node]:
             node += 1
         first.append(node)
-    copied = (
-        {index * num_experts // num_redundant for index in range(num_redundant)} if num_redundant else set()
-    )
+    copied = {index * num_experts // num_redundant for index in range(num_redundant)} if num_redundant else set()
     nodes = len(groups_on_node)
     return tuple(
-        tuple(sorted({at, (at + 1) % nodes})) if expert in copied else (at,)
-        for expert, at in enumerate(first)
+        tuple(sorted({at, (at + 1) % nodes})) if expert in copied else (at,) for expert, at in enumerate(first)
     )

@@ -61,9 +61,7 @@ def count_parameters(architecture: Architecture) -> ParameterCounts:
         attention=attention_blocks * a.attention.parameters(a.hidden_size),
         norms=(attention_blocks + a.num_layers + stacks) * a.hidden_size,
         dense_mlp=dense_layers * (3 if a.dense_gated else 2) * a.hidden_size * a.dense_intermediate,
-        shared_experts=a.num_moe_layers
-        * a.hidden_size
-        * (3 * a.shared_intermediate + (1 if a.shared_gate else 0)),
+        shared_experts=a.num_moe_layers * a.hidden_size * (3 * a.shared_intermediate + (1 if a.shared_gate else 0)),
         gates=a.num_moe_layers * a.hidden_size * a.num_experts,
         routed_experts=routed * a.num_experts,
         active_routed_experts=routed * a.experts_per_token,

@@ -83,9 +83,7 @@ def _gpu(axes, plan: Plan, gpu: int, x: float, y: float, font: float) -> None:  
         cache = plan.sequences * plan.request.context * memory.kv_bytes_per_token
         name = f"engine {gpu - split.expert_gpus}"
         parts = [(memory.engine_weights, _WEIGHTS), (cache, _CACHE)]
-    axes.add_patch(
-        Rectangle((x + 0.05, y + 0.25), 0.8, 0.8, facecolor=_FREE, edgecolor=_FRAME, linewidth=0.6)
-    )
+    axes.add_patch(Rectangle((x + 0.05, y + 0.25), 0.8, 0.8, facecolor=_FREE, edgecolor=_FRAME, linewidth=0.6))
     bottom = y + 1.05
     for size, colour in parts:
         tall = 0.8 * size / whole

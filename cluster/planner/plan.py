@@ -112,24 +112,18 @@ def _check(request: PlanRequest) -> None:
         if value < 1:
             raise ConfigError(f"{flag} {value}: at least 1 is needed")
     if request.nodes * request.gpus_per_node < 2:
-        raise ConfigError(
-            "1 GPU: an engine and an expert group need one each; give --nodes or --gpus-per-node 2"
-        )
+        raise ConfigError("1 GPU: an engine and an expert group need one each; give --nodes or --gpus-per-node 2")
     if request.context < 1:
         raise ConfigError(f"--context {request.context}: at least 1 token is needed")
     limit = architecture.max_position_embeddings
     if limit is not None and request.context > limit:
-        raise ConfigError(
-            f"--context {request.context}: {request.model.name} has positions for {limit} tokens at most"
-        )
+        raise ConfigError(f"--context {request.context}: {request.model.name} has positions for {limit} tokens at most")
     if request.load is not None and not request.load > 0:
         raise ConfigError(f"--load {request.load}: a positive number of tokens/s is needed")
     if request.max_num_seqs < 1:
         raise ConfigError(f"--max-num-seqs {request.max_num_seqs}: at least 1 is needed")
     if architecture.num_moe_layers == 0:
-        raise ConfigError(
-            f"{request.model.name}: no layer has experts; check the keys that say which layers are MoE"
-        )
+        raise ConfigError(f"{request.model.name}: no layer has experts; check the keys that say which layers are MoE")
 
 
 @lru_cache(maxsize=4096)
@@ -169,9 +163,7 @@ def _evaluate(request: PlanRequest, counts: ParameterCounts, scheme: Scheme, spl
         binding_constraint="",
     )
     obstacle = _obstacle(plan)
-    return replace(
-        plan, fits=obstacle is None, binding_constraint=obstacle or _binding(plan, roofline, by_memory)
-    )
+    return replace(plan, fits=obstacle is None, binding_constraint=obstacle or _binding(plan, roofline, by_memory))
 
 
 def _sequences_for(request: PlanRequest, roofline: Roofline, most: int) -> int:

@@ -60,9 +60,7 @@ def expert_scheme(architecture: Architecture, quantization: str, gpu: Gpu) -> Sc
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"--quantization {quantization}: use one of {', '.join(QUANTIZATIONS)}")
     if quantization == "fp8" and gpu.fp8_flops is None:
-        raise ConfigError(
-            f"--quantization fp8: {gpu.name} has no fp8 units; use int8, or a card that has them"
-        )
+        raise ConfigError(f"--quantization fp8: {gpu.name} has no fp8 units; use int8, or a card that has them")
     if quantization != "none":
         return SCHEMES[quantization]
     if architecture.checkpoint_scheme == "fp8" and gpu.fp8_flops is not None:

@@ -25,9 +25,7 @@ def _one_of_each_kind(plan: Plan) -> list[Change]:
     kinds: dict[tuple[bool, bool], Change] = {}
     for change in smallest_that_fits(plan):
         request = change.plan.request
-        kinds.setdefault(
-            (request.gpu == plan.request.gpu, request.quantization == plan.request.quantization), change
-        )
+        kinds.setdefault((request.gpu == plan.request.gpu, request.quantization == plan.request.quantization), change)
     return list(kinds.values())
 
 
@@ -41,9 +39,7 @@ def _why(plan: Plan) -> str:
                 f"each of {split.groups} expert groups needs {memory.expert_weights / _GIB:.1f} GiB "
                 f"({plan.scheme.name}) of {usable} on its GPU"
             )
-            return why + (
-                f", and a layer's {most} experts make no more groups" if split.groups == most else ""
-            )
+            return why + (f", and a layer's {most} experts make no more groups" if split.groups == most else "")
         case "engine_memory":
             return (
                 f"an engine, which is one GPU (there is no tensor parallelism), needs "

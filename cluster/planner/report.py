@@ -20,21 +20,17 @@ def print_report(plan: Plan, price_per_gpu_hour: float | None, console: Console)
     for table in (_parameters(plan), _memory(plan), _placement(plan), _traffic(plan), _steps(plan)):
         console.print(table)
     console.print(_verdict(plan, price_per_gpu_hour), highlight=False)
+    if plan.request.model.note:
+        console.print(f"note {plan.request.model.note}", highlight=False)
     for warning in warnings_of(plan):
         console.print(f"[yellow]warning[/yellow] {warning}", highlight=False)
     lift = cheapest_lift(plan)
-    advice = (
-        f"cheapest change that lifts it: {lift}"
-        if lift
-        else "no single change that the planner tries lifts it"
-    )
+    advice = f"cheapest change that lifts it: {lift}" if lift else "no single change that the planner tries lifts it"
     console.print(f"bound by [bold]{plan.binding_constraint}[/bold]; {advice}", highlight=False)
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", show_header=bool(columns), min_width=64
-    )
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=bool(columns), min_width=64)
     table.add_column(columns[0] if columns else "")
     for column in columns[1:] or ("",):
         table.add_column(column, justify="right")
@@ -79,9 +75,7 @@ def _placement(plan: Plan) -> Table:
     table.add_row("engines, one a GPU", str(split.engine_gpus))
     table.add_row("expert groups on each node", " ".join(map(str, split.groups_on_node())))
     layers = request.model.architecture.num_moe_layers
-    table.add_row(
-        "slots of a group", f"{split.slots_per_group} a layer, {split.slots_per_group * layers} in all"
-    )
+    table.add_row("slots of a group", f"{split.slots_per_group} a layer, {split.slots_per_group * layers} in all")
     table.add_row("redundant experts a layer", str(split.num_redundant_experts))
     table.add_row("pods", f"{split.expert_gpus // split.pod_gpus} + {split.engine_gpus // split.pod_gpus}")
     table.add_row("GPUs of a pod", str(split.pod_gpus))
@@ -103,9 +97,7 @@ def _traffic(plan: Plan) -> Table:
 def _steps(plan: Plan) -> Table:
     table = _table("Time of one step, ms, by what bounds it", "", "decode", "prefill")
     for name, seconds in plan.decode.parts().items():
-        table.add_row(
-            name.replace("_", " "), f"{seconds * 1e3:.1f}", f"{_part(plan.prefill, name) * 1e3:.1f}"
-        )
+        table.add_row(name.replace("_", " "), f"{seconds * 1e3:.1f}", f"{_part(plan.prefill, name) * 1e3:.1f}")
     table.add_section()
     table.add_row("total", f"{plan.decode.total * 1e3:.1f}", f"{plan.prefill.total * 1e3:.1f}")
     return table

@@ -27,6 +27,7 @@ def summarize(plan: Plan, price_per_gpu_hour: float | None) -> dict[str, Any]:
         "model": request.model.name,
         "source": request.model.source,
         "rumoured": request.model.rumoured,
+        "note": request.model.note,
         "total_params": plan.counts.total,
         "active_params": plan.counts.active,
         "active_params_with_embedding": plan.counts.active_with_embedding,
