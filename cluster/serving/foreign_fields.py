@@ -1,4 +1,4 @@
-"""Request fields that we do not have: which are accepted, which are refused, and what is said about the others."""
+"""Request fields that we do not have: which are accepted, and what is said about the others."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 def check_foreign_field(name: str, value: Any, *, known: Iterable[str]) -> None:
-    """Raises ApiError (400) where `name` asks for something that we would not do. known: the fields that we have."""
+    """Raises ApiError (400) where `name` asks for what we would not do. known: the fields that we have."""
     if value is None or name in _HARMLESS:
         return
     if name in _UNSUPPORTED:

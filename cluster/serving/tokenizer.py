@@ -89,7 +89,7 @@ class Tokenizer:
         """The conversation as the model's chat template writes it. Raises RequestError naming the field."""
         if self._chat.chat_template is None:
             raise RequestError(
-                "this model's tokenizer has no chat template: send the whole prompt to /v1/completions instead",
+                "this model's tokenizer has no chat template: send the whole prompt to /v1/completions",
                 field="messages",
             )
         if taken := _TEMPLATE_ARGUMENTS & set(template_kwargs or ()):
