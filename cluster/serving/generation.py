@@ -64,28 +64,35 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[list[Delta]]:
         """Yields what each wake-up brought, at most one delta a choice; ends when every choice has.
 
-        Raises ApiError where the engine refuses a sequence or one fails.
+        Raises ApiError where the engine refuses a sequence, or one fails: after the text that came before.
         """
         events = self._engine.open()
         try:
             self._submit(events)
             while any(choice.finish_reason is None for choice in self._choices):
-                touched: dict[int, _Choice] = {}
-                for news in await events.next():
-                    choice = self._choices[news.index]
-                    if choice.finish_reason is not None:
-                        continue  # a stop string ended it, and the engine did not know yet
-                    choice.take(news)
-                    touched[choice.index] = choice
-                    if choice.finish_reason is not None:
-                        events.abort(choice.index)
-                deltas = [delta for choice in touched.values() if (delta := choice.delta()) is not None]
+                failure = self._take(await events.next(), events)
+                deltas = [delta for choice in self._choices if (delta := choice.delta()) is not None]
                 if deltas:
                     yield deltas
+                if failure is not None:
+                    raise failure
         finally:
             events.close()
             for choice in self._choices:
                 choice.give_up()
+
+    def _take(self, batch: list[News], events: RequestEvents) -> ApiError | None:
+        for news in batch:
+            choice = self._choices[news.index]
+            if choice.finish_reason is not None:
+                continue  # a stop string ended it, and the engine did not know yet
+            try:
+                choice.take(news)
+            except ApiError as failure:
+                return failure
+            if choice.finish_reason is not None:
+                events.abort(choice.index)
+        return None
 
     def _submit(self, events: RequestEvents) -> None:
         try:
@@ -106,6 +113,7 @@ class _Choice:
         self._arrived_at = time.monotonic()
         self._last_at: float | None = None
         self._is_counted = False
+        self._is_told = False  # that it ended
 
     def take(self, news: News) -> None:
         """Raises ApiError where the sequence failed."""
@@ -131,8 +139,10 @@ class _Choice:
     def delta(self) -> Delta | None:
         text, logprobs = self.spec.text.take()
         text, self._echo = self._echo + text, ""
-        if not text and not logprobs and self.finish_reason is None:
+        is_last = self.finish_reason is not None and not self._is_told
+        if not text and not logprobs and not is_last:
             return None
+        self._is_told = is_last
         return Delta(index=self.index, text=text, logprobs=logprobs, finish_reason=self.finish_reason)
 
     def give_up(self) -> None:
