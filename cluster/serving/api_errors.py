@@ -66,6 +66,6 @@ def failed_in_engine(message: str | None, status: int) -> ApiError:
 def brief(value: Any) -> str:
     """A value of the caller's, short enough for a message."""
     if isinstance(value, (list, dict)):
-        return f"a {'list' if isinstance(value, list) else 'object'} of {len(value)}"
-    text = repr(value)
+        return f"an {'array' if isinstance(value, list) else 'object'} of {len(value)}"
+    text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -121,8 +121,8 @@ def _as_list(prompt: Any) -> list[str | list[int]]:
     for index, item in enumerate(prompt):
         if not isinstance(item, list) or not all(type(token_id) is int for token_id in item):
             raise ApiError(
-                f"prompt[{index}] should be a list of token ids: a prompt is all strings, all integers or all "
-                "lists of integers",
+                f"prompt[{index}] should be a list of token ids: a prompt is all strings, all integers or "
+                "all lists of integers",
                 param=f"prompt[{index}]",
             )
     return prompt

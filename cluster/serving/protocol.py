@@ -26,7 +26,7 @@ def _stop_strings(value: Any) -> tuple[str, ...]:
     if stops is None:
         return ()
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise ValueError("should be a string or a list of strings")
+        raise ValueError("should be a string or an array of strings")
     if len(stops) > MAX_STOP:
         raise ValueError(f"should have at most {MAX_STOP} strings, has {len(stops)}")
     if "" in stops:
@@ -39,7 +39,7 @@ def _message_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise ValueError("should be a string or a list of text parts")
+        raise ValueError("should be a string or an array of text parts")
     for index, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":

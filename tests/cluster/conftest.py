@@ -7,12 +7,15 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -28,7 +31,13 @@ CHAT_TEMPLATE = (
     "<|{{ message.role }}|>{{ message.content }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-CORPUS = ["the quick brown fox jumps over the lazy dog", "héllo wörld", "你好，世界", "🙂🙃👩‍👩‍👧‍👦", "def f(x):\n    return x"]
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog",
+    "héllo wörld",
+    "你好 世界",
+    "🙂🙃👩‍👩‍👧‍👦",
+    "def f(x):\n    return x",
+]
 
 
 @dataclass
@@ -48,7 +57,7 @@ class Stats:
 
 @dataclass
 class ScriptedEngine:
-    """Says what `answer` yields (token ids or events), one for every live sequence in a step of its own thread.
+    """Says what `answer` yields (token ids or events): one for every live sequence in a step of its thread.
 
     With `manual`, a step is taken when the test calls `step()`.
     """
@@ -115,11 +124,10 @@ class ScriptedEngine:
                 event = replace(event, queued_s=0.001)
             if event.token_id is not None and params.logprobs is not None:
                 top = tuple(
-                    ((event.token_id + rank) % self.vocab_size, -0.5 - rank) for rank in range(params.logprobs)
+                    ((event.token_id + rank) % self.vocab_size, -0.5 - rank)
+                    for rank in range(params.logprobs)
                 )
-                event = replace(
-                    event, logprob=TokenLogprob(token_id=event.token_id, logprob=-0.5, top=top)
-                )
+                event = replace(event, logprob=TokenLogprob(token_id=event.token_id, logprob=-0.5, top=top))
             if event.finish_reason is None and position + 1 >= params.max_tokens:
                 event = replace(event, finish_reason="length")
             yield event
@@ -163,9 +171,13 @@ class Server(uvicorn.Server):
 class Api:
     """A server and what stands behind it."""
 
-    url: str
+    http: httpx.Client
     engine: ScriptedEngine
     tokenizer: Tokenizer
+
+    @property
+    def url(self) -> str:
+        return str(self.http.base_url)
 
     def client(self, **kwargs: object) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **kwargs)
@@ -194,7 +206,11 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.train_from_iterator(CORPUS * 4, trainer)
     directory = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "chat_template": CHAT_TEMPLATE}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|end|>",
+        "chat_template": CHAT_TEMPLATE,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
 
@@ -204,35 +220,53 @@ def tokenizer(tokenizer_dir: Path) -> Tokenizer:
     return load_tokenizer(tokenizer_dir)
 
 
-@pytest.fixture
-def scripted_engine(tokenizer: Tokenizer) -> Iterator[ScriptedEngine]:
+@contextmanager
+def running_engine(tokenizer: Tokenizer) -> Iterator[ScriptedEngine]:
     token_ids = tokenizer.encode("the quick brown fox", add_special_tokens=False)
     engine = ScriptedEngine(answer=lambda prompt_ids, params: token_ids, vocab_size=340)
     yield engine
     engine.stop()
 
 
-@pytest.fixture
-def serve() -> Iterator[Callable[..., str]]:
-    """Serves an application on a free port and returns its URL."""
-    running: list[tuple[Server, threading.Thread]] = []
-
-    def start(app: object) -> str:
-        bound = socket.create_server(("127.0.0.1", 0))
-        server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="server")
-        thread.start()
-        running.append((server, thread))
-        assert server.listening.wait(10)
-        return f"http://127.0.0.1:{bound.getsockname()[1]}"
-
-    yield start
-    for server, thread in running:
-        server.should_exit = True
-        thread.join()
+@contextmanager
+def running_server(app: FastAPI) -> Iterator[str]:
+    """Serves on a free port; yields the URL."""
+    bound = socket.create_server(("127.0.0.1", 0))
+    server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="server")
+    thread.start()
+    assert server.listening.wait(10)
+    yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
 
 
 @pytest.fixture
-def api(scripted_engine: ScriptedEngine, tokenizer: Tokenizer, serve: Callable[..., str]) -> Api:
+def scripted_engine(tokenizer: Tokenizer) -> Iterator[ScriptedEngine]:
+    with running_engine(tokenizer) as engine:
+        yield engine
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[FastAPI], str]]:
+    """Serves an application until the test ends."""
+    with ExitStack() as stack:
+        yield lambda app: stack.enter_context(running_server(app))
+
+
+@pytest.fixture
+def api(
+    scripted_engine: ScriptedEngine, tokenizer: Tokenizer, serve: Callable[[FastAPI], str]
+) -> Iterator[Api]:
     app = create_app(scripted_engine, tokenizer, model_name="org/scripted", health=Health)
-    return Api(serve(app), scripted_engine, tokenizer)
+    with httpx.Client(base_url=serve(app), timeout=30) as http:
+        yield Api(http, scripted_engine, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def shared_api(tokenizer: Tokenizer) -> Iterator[Api]:
+    """One server for all tests of a module: what they send must leave no trace in it."""
+    with running_engine(tokenizer) as engine:
+        app = create_app(engine, tokenizer, model_name="org/scripted", health=Health)
+        with running_server(app) as url, httpx.Client(base_url=url, timeout=30) as http:
+            yield Api(http, engine, tokenizer)

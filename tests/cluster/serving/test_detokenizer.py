@@ -25,7 +25,9 @@ def pieces(detokenizer: ByteLevelDetokenizer | WindowDetokenizer, token_ids: lis
 def byte_fallback() -> RustTokenizer:
     """As SentencePiece checkpoints have it: words with a metaspace, and every other byte as a token of its own."""
     words = ["<unk>", "▁the", "▁qui", "ck", "▁", "a", "b", ".", "你"]
-    vocab = {token: index for index, token in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    vocab = {
+        token: index for index, token in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])
+    }
     tokenizer = RustTokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -36,7 +38,9 @@ def byte_fallback() -> RustTokenizer:
 @FIXTURES
 @given(text=TEXT)
 def test_text_comes_back_whole_and_never_early(tokenizer: Tokenizer, text: str) -> None:
-    got = pieces(tokenizer.detokenizer(skip_special_tokens=True), tokenizer.encode(text, add_special_tokens=False))
+    got = pieces(
+        tokenizer.detokenizer(skip_special_tokens=True), tokenizer.encode(text, add_special_tokens=False)
+    )
     assert "".join(got) == text
     for end in range(len(got)):
         assert text.startswith("".join(got[:end]))
@@ -70,7 +74,8 @@ def test_byte_fallback_and_metaspaces(byte_fallback: RustTokenizer, text: str) -
     token_ids = []
     for char in text:
         token = byte_fallback.token_to_id("▁" if char == " " else char)
-        token_ids += [token] if token else [byte_fallback.token_to_id(f"<0x{byte:02X}>") for byte in char.encode()]
+        spelled = [byte_fallback.token_to_id(f"<0x{byte:02X}>") for byte in char.encode()]
+        token_ids += [token] if token else spelled
     got = pieces(WindowDetokenizer(byte_fallback.decode), token_ids)
     assert "".join(got) == byte_fallback.decode(token_ids)
     assert "\ufffd" not in "".join(got)
