@@ -39,9 +39,7 @@ class EngineStats(Protocol):
 class RequestMetrics:
     """Counts sequences: a request for n choices is n of them. Thread-safe."""
 
-    def __init__(
-        self, registry: CollectorRegistry, *, model_name: str, stats: Callable[[], EngineStats]
-    ) -> None:
+    def __init__(self, registry: CollectorRegistry, *, model_name: str, stats: Callable[[], EngineStats]) -> None:
         registry.register(_EngineGauges(model_name, stats))
         self._model_name = model_name
         self._success = Counter(

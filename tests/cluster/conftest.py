@@ -79,9 +79,7 @@ class ScriptedEngine:
         self._thread = threading.Thread(target=self._run, name="scripted-engine")
         self._thread.start()
 
-    def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, on_event: Callable[[TokenEvent], None]
-    ) -> int:
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, on_event: Callable[[TokenEvent], None]) -> int:
         with self.changed:
             if len(self.live) >= self.max_sequences:
                 raise QueueFull("the queue is full: try again later", retry_after_s=1.2)
@@ -123,10 +121,7 @@ class ScriptedEngine:
             if position == 0:
                 event = replace(event, queued_s=0.001)
             if event.token_id is not None and params.logprobs is not None:
-                top = tuple(
-                    ((event.token_id + rank) % self.vocab_size, -0.5 - rank)
-                    for rank in range(params.logprobs)
-                )
+                top = tuple(((event.token_id + rank) % self.vocab_size, -0.5 - rank) for rank in range(params.logprobs))
                 event = replace(event, logprob=TokenLogprob(token_id=event.token_id, logprob=-0.5, top=top))
             if event.finish_reason is None and position + 1 >= params.max_tokens:
                 event = replace(event, finish_reason="length")
@@ -138,9 +133,7 @@ class ScriptedEngine:
     def _run(self) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(
-                    lambda: self._stopping or self._steps_allowed or (self.live and not self.manual)
-                )
+                self.changed.wait_for(lambda: self._stopping or self._steps_allowed or (self.live and not self.manual))
                 if self._stopping:
                     return
                 batch = list(self.live.items())
@@ -255,9 +248,7 @@ def serve() -> Iterator[Callable[[FastAPI], str]]:
 
 
 @pytest.fixture
-def api(
-    scripted_engine: ScriptedEngine, tokenizer: Tokenizer, serve: Callable[[FastAPI], str]
-) -> Iterator[Api]:
+def api(scripted_engine: ScriptedEngine, tokenizer: Tokenizer, serve: Callable[[FastAPI], str]) -> Iterator[Api]:
     app = create_app(scripted_engine, tokenizer, model_name="org/scripted", health=Health)
     with httpx.Client(base_url=serve(app), timeout=30) as http:
         yield Api(http, scripted_engine, tokenizer)

@@ -25,9 +25,7 @@ class Engine:
         self.on_event: list[Callable[[TokenEvent], None]] = []
         self.aborted: list[int] = []
 
-    def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, on_event: Callable[[TokenEvent], None]
-    ) -> int:
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, on_event: Callable[[TokenEvent], None]) -> int:
         if len(self.on_event) == 3:
             raise QueueFull("full", 1.0)
         self.on_event.append(on_event)

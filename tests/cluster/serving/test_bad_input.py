@@ -128,9 +128,7 @@ COMPLETION_ONLY = [
     [("chat/completions", CHAT, *case) for case in (*BOTH, *CHAT_ONLY)]
     + [("completions", COMPLETION, *case) for case in (*BOTH, *COMPLETION_ONLY)],
 )
-def test_a_wrong_field_is_named(
-    shared_api, path: str, valid: dict, field: str, value, param: str, says: str
-) -> None:
+def test_a_wrong_field_is_named(shared_api, path: str, valid: dict, field: str, value, param: str, says: str) -> None:
     response = shared_api.http.post(f"/v1/{path}", json=valid | {field: value})
     assert response.status_code == 400
     error = error_of(response)
@@ -255,9 +253,7 @@ def test_a_client_that_leaves_before_its_body_is_there(api) -> None:
 
 def test_a_model_without_chat_template(scripted_engine, tokenizer_dir, tmp_path, serve) -> None:
     (tmp_path / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
-    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     app = create_app(scripted_engine, load_tokenizer(tmp_path), model_name=MODEL, health=Health)
     url = serve(app)
     response = httpx.post(f"{url}/v1/chat/completions", json=CHAT)

@@ -25,9 +25,7 @@ def pieces(detokenizer: ByteLevelDetokenizer | WindowDetokenizer, token_ids: lis
 def byte_fallback() -> RustTokenizer:
     """As SentencePiece checkpoints have it: words with a metaspace, and every other byte as a token of its own."""
     words = ["<unk>", "▁the", "▁qui", "ck", "▁", "a", "b", ".", "你"]
-    vocab = {
-        token: index for index, token in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])
-    }
+    vocab = {token: index for index, token in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
     tokenizer = RustTokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -38,9 +36,7 @@ def byte_fallback() -> RustTokenizer:
 @FIXTURES
 @given(text=TEXT)
 def test_text_comes_back_whole_and_never_early(tokenizer: Tokenizer, text: str) -> None:
-    got = pieces(
-        tokenizer.detokenizer(skip_special_tokens=True), tokenizer.encode(text, add_special_tokens=False)
-    )
+    got = pieces(tokenizer.detokenizer(skip_special_tokens=True), tokenizer.encode(text, add_special_tokens=False))
     assert "".join(got) == text
     for end in range(len(got)):
         assert text.startswith("".join(got[:end]))
@@ -49,9 +45,7 @@ def test_text_comes_back_whole_and_never_early(tokenizer: Tokenizer, text: str) 
 @FIXTURES
 @given(token_ids=st.lists(st.integers(0, 339), max_size=40))
 @pytest.mark.parametrize("skip", [True, False])
-def test_any_tokens_read_as_the_tokenizer_reads_them(
-    tokenizer: Tokenizer, token_ids: list[int], skip: bool
-) -> None:
+def test_any_tokens_read_as_the_tokenizer_reads_them(tokenizer: Tokenizer, token_ids: list[int], skip: bool) -> None:
     got = pieces(tokenizer.detokenizer(skip_special_tokens=skip), token_ids)
     assert "".join(got) == tokenizer.decode(token_ids, skip_special_tokens=skip)
 

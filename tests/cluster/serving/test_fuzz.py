@@ -26,15 +26,11 @@ SCALARS = st.one_of(
 )
 JSON = st.recursive(
     SCALARS,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)
-    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)),
     max_leaves=12,
 )
 TOKENS = st.lists(st.integers(-1, 345), max_size=6)
-PROMPTS = st.one_of(
-    JSON, st.text(max_size=40), st.lists(st.text(max_size=9), max_size=4), TOKENS, st.lists(TOKENS)
-)
+PROMPTS = st.one_of(JSON, st.text(max_size=40), st.lists(st.text(max_size=9), max_size=4), TOKENS, st.lists(TOKENS))
 MESSAGES = st.one_of(
     JSON,
     st.lists(
@@ -71,9 +67,7 @@ def bodies(kind: type, required: dict[str, st.SearchStrategy]) -> st.SearchStrat
     return st.one_of(
         st.fixed_dictionaries(required, optional=sensible),
         st.fixed_dictionaries(required, optional=optional),
-        st.tuples(st.fixed_dictionaries(required, optional=optional), few).map(
-            lambda both: both[0] | both[1]
-        ),
+        st.tuples(st.fixed_dictionaries(required, optional=optional), few).map(lambda both: both[0] | both[1]),
     )
 
 

@@ -46,9 +46,7 @@ def error_of(response: httpx.Response) -> ErrorObject:
 
 def streamed_text(chunks: Iterable[dict], index: int = 0) -> str:
     choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
-    return "".join(
-        choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in choices
-    )
+    return "".join(choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in choices)
 
 
 def test_chat(api) -> None:
@@ -182,9 +180,7 @@ def test_sampling_parameters_reach_the_engine(api) -> None:
 
 
 def test_defaults_reach_the_engine(api) -> None:
-    nothing = dict.fromkeys(
-        ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "logprobs", "stream")
-    )
+    nothing = dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "logprobs", "stream"))
     assert complete(api, **nothing).status_code == 200
     params = api.engine.submitted[0][1]
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 1.0, 0, 0.0)
@@ -329,9 +325,7 @@ def test_a_client_that_leaves_frees_its_sequences(api, stream: bool, path: str) 
 
 def test_a_stream_shows_each_step_when_it_happens(api) -> None:
     api.engine.manual = True
-    stepped = threading.Thread(
-        target=lambda: api.engine.wait_for(lambda: api.engine.live) or api.engine.step()
-    )
+    stepped = threading.Thread(target=lambda: api.engine.wait_for(lambda: api.engine.live) or api.engine.step())
     stepped.start()
     words = []
     with api.client().chat.completions.create(model=MODEL, messages=USER, stream=True) as stream:
@@ -424,9 +418,7 @@ def test_metrics(api) -> None:
     chat(api, n=2)
     complete(api, max_tokens=2)
     families = text_string_to_metric_families(api.http.get("/metrics").text)
-    samples = {
-        (sample.name, sample.labels.get("finished_reason")): sample for f in families for sample in f.samples
-    }
+    samples = {(sample.name, sample.labels.get("finished_reason")): sample for f in families for sample in f.samples}
     assert samples["vllm:request_success_total", "stop"].value == 2
     assert samples["vllm:request_success_total", "length"].value == 1
     assert samples["vllm:generation_tokens_total", None].value == 12

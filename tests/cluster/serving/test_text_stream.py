@@ -56,9 +56,7 @@ def test_text_ends_at_the_first_complete_stop_string(
 
 
 @given(words=WORDS, stops=STOPS)
-def test_text_is_withheld_only_while_it_may_begin_a_stop_string(
-    words: list[str], stops: tuple[str, ...]
-) -> None:
+def test_text_is_withheld_only_while_it_may_begin_a_stop_string(words: list[str], stops: tuple[str, ...]) -> None:
     stream = TextStream(Words(words), stop=stops)
     seen = ""
     for token_id in range(len(words)):

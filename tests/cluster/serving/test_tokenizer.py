@@ -46,9 +46,7 @@ def test_an_id_without_a_token_is_no_text(tokenizer: Tokenizer) -> None:
 
 def test_no_chat_template(tokenizer_dir: Path, tmp_path: Path) -> None:
     shutil.copy(tokenizer_dir / "tokenizer.json", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
-    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     with pytest.raises(RequestError, match=r"no chat template.*/v1/completions"):
         load_tokenizer(tmp_path).render_chat(MESSAGES)
 
