@@ -8,11 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import grpc
+import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from experts.errors import ConfigError, ExpertNotResident, RequestError
 from experts.group import ExpertGroup
+from experts.node_call import NodeCall
+from experts.node_relay import NodeRelay
+from experts.spec import ExpertCall
 from experts.wire.codec import MAX_MESSAGE_BYTES, BadCall, decode_call, encode_failure, encode_partial
 from experts.wire.v1 import expert_pb2 as pb
 
@@ -23,6 +27,9 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
+    # Callers ping idle connections to find dead machines; gRPC's default takes that for abuse.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.max_ping_strikes", 0),
 )
 
 
@@ -36,6 +43,7 @@ class ExpertServer:
 
     def __init__(self, group: ExpertGroup, host: str = "127.0.0.1", port: int = 0) -> None:
         self._group = group
+        self._relay = NodeRelay(group)
         self._idle = threading.Condition()
         self._calls = 0
         self._server = grpc.server(ThreadPoolExecutor(_MAX_STREAMS, "expert-stream"), options=_OPTIONS)
@@ -71,6 +79,7 @@ class ExpertServer:
         with self._idle:
             self._idle.wait_for(lambda: not self._calls, grace_s)
         self._server.stop(grace=None).wait()
+        self._relay.close()
 
     def _stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         for request in requests:
@@ -83,7 +92,7 @@ class ExpertServer:
         try:
             wire = decode_call(request)
             call_id = wire.call_id
-            return encode_partial(call_id, self._group.forward(wire.call), wire.reply_dtype)
+            return encode_partial(call_id, self._run(wire.call), wire.reply_dtype)
         except Exception as error:
             # Whatever went wrong, the stream and its other calls live on.
             return encode_failure(error.call_id if isinstance(error, BadCall) else call_id, error)
@@ -92,13 +101,18 @@ class ExpertServer:
         with self._counted():
             try:
                 wire = decode_call(request)
-                return encode_partial(wire.call_id, self._group.forward(wire.call), wire.reply_dtype)
+                if not context.is_active():
+                    context.abort(grpc.StatusCode.CANCELLED, "the caller went away before its call began")
+                return encode_partial(wire.call_id, self._run(wire.call), wire.reply_dtype)
             except RequestError as error:
                 code = grpc.StatusCode.INVALID_ARGUMENT
                 if isinstance(error, ExpertNotResident):
                     code = grpc.StatusCode.NOT_FOUND
                 context.abort(code, str(error))
                 raise AssertionError("abort raises") from None
+
+    def _run(self, call: ExpertCall | NodeCall) -> torch.Tensor:
+        return self._relay.forward(call) if isinstance(call, NodeCall) else self._group.forward(call)
 
     def _describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
         described = self._group.describe()

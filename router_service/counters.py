@@ -13,8 +13,10 @@ class RouterCounters:
 
     batches, tokens:   route and dispatch calls, and tokens in them
     calls, rows:       calls to groups, and routed rows in them
-    token_copies:      hidden states sent (one per token and group)
-    bytes_sent, bytes_received: tensor bytes to and from groups, local or not
+    token_nodes:       nodes that tokens' experts were on, summed over tokens
+    token_copies:      hidden states sent: one per token and group, or per token and node that shares a message
+    bytes_sent:        of hidden states, before any wire dtype; bytes_sent_remote: those to another node
+    bytes_received:    of partial sums, as float32
     failovers:         parts that another replica or a later table had to answer
     degraded_tokens:   tokens that lost at least one expert's contribution (`on_expert_loss: degrade`)
     expert_tokens:     layer -> int64 [E], tokens that chose each expert
@@ -26,8 +28,10 @@ class RouterCounters:
         self.tokens = 0
         self.calls = 0
         self.rows = 0
+        self.token_nodes = 0
         self.token_copies = 0
         self.bytes_sent = 0
+        self.bytes_sent_remote = 0
         self.bytes_received = 0
         self.failovers = 0
         self.degraded_tokens = 0
@@ -44,10 +48,22 @@ class RouterCounters:
             else:
                 counted += tokens_per_expert_E
 
-    def call(self, num_rows: int, num_tokens: int, num_bytes: int) -> None:
-        """Count a call that was sent to a group."""
+    def node(self, num_tokens: int) -> None:
+        """Count the tokens of a batch that go to one node."""
+        with self.lock:
+            self.token_nodes += num_tokens
+
+    def call(self, num_rows: int, num_tokens: int, num_bytes: int, *, remote: bool) -> None:
+        """Count a message that was sent to a group, or to the groups of a node."""
         with self.lock:
             self.calls += 1
             self.rows += num_rows
             self.token_copies += num_tokens
             self.bytes_sent += num_bytes
+            if remote:
+                self.bytes_sent_remote += num_bytes
+
+    def received(self, num_bytes: int) -> None:
+        """Count an answer."""
+        with self.lock:
+            self.bytes_received += num_bytes

@@ -60,9 +60,7 @@ class DispatchPlan:
     tokens_per_expert_E: npt.NDArray[np.int64]
 
 
-def plan_dispatch(
-    index: SlotIndex, layer: int, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
-) -> DispatchPlan:
+def plan_dispatch(index: SlotIndex, layer: int, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> DispatchPlan:
     """Split a batch over groups.
 
     expert_ids_TK: int64 or int32, -1 for no expert; the caller has checked the range

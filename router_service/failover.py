@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Literal
 
@@ -11,7 +12,7 @@ from experts.errors import ExpertNotResident, GroupUnavailable
 from router_service.counters import RouterCounters
 from router_service.dispatch import GroupPart, plan_rows
 from router_service.replica_choice import RETRY_S, ReplicaChoice
-from router_service.sender import Flight, Sender
+from router_service.sender import Flight, NodeFlight, Sender
 from router_service.table_view import TableBoard, TableView
 from router_service.transport.base import TransportError
 
@@ -46,16 +47,32 @@ class Failover:
         self._timeout_s = recovery_timeout_s
         self._mode = on_expert_loss
 
+    def send_each(self, flight: NodeFlight, hidden_TH: torch.Tensor, until: float) -> tuple[Flight, ...]:
+        """Send a node's parts one by one, its shared message having failed; whoever is lost then shows."""
+        view = self._board.view
+        assert view is not None, "a part was planned, so there was a table"
+        with self._counters.lock:
+            self._counters.failovers += 1
+        return tuple(
+            self._sender.send(view, part, flight.version, hidden_TH, seconds_to(until))
+            for part in flight.node_part.parts
+        )
+
     def recover(
-        self, flight: Flight, failure: TransportError | ExpertNotResident, hidden_TH: torch.Tensor
+        self,
+        flight: Flight,
+        failure: TransportError | ExpertNotResident,
+        hidden_TH: torch.Tensor,
+        until: float,
     ) -> list[tuple[GroupPart, torch.Tensor]]:
         """Bring home what `flight` did not: (part, partial_TH) ascending by group.
 
-        hidden_TH: the whole batch. Raises GroupUnavailable naming the group that stayed away.
+        hidden_TH: the whole batch; until: the caller's own deadline (monotonic clock), inf where it has none.
+        Raises GroupUnavailable naming the group that stayed away.
         """
         if self._mode == "fail":
             raise self._unavailable(flight, failure) from failure
-        deadline = time.monotonic() + self._timeout_s
+        deadline = min(until, time.monotonic() + self._timeout_s)
         with self._counters.lock:
             self._counters.failovers += 1
         stale = {flight.part.group: flight.version} if isinstance(failure, ExpertNotResident) else {}
@@ -69,12 +86,14 @@ class Failover:
             }
             pieces = [piece for part in todo for piece in self._pieces(view, part, avoid, len(hidden_TH))]
             flights = [
-                self._sender.send(view, piece, hidden_TH) for piece in pieces if piece.group not in avoid
+                self._sender.send(view, piece, view.table.version, hidden_TH, seconds_to(until))
+                for piece in pieces
+                if piece.group not in avoid
             ]
             todo = [piece for piece in pieces if piece.group in avoid]
             for sent in flights:
                 try:
-                    done.append((sent.part, self._sender.receive(sent)))
+                    done.append((sent.part, self._sender.receive(sent, max(0.0, deadline - time.monotonic()))))
                 except (TransportError, ExpertNotResident) as error:
                     if isinstance(error, ExpertNotResident):
                         stale[sent.part.group] = sent.version
@@ -115,11 +134,14 @@ class Failover:
 
     def _unavailable(self, flight: Flight, failure: Exception) -> GroupUnavailable:
         group, replica = flight.part.group, flight.replica
-        where = (
-            f" ({replica.replica} at {replica.address or replica.actor} on {replica.node})" if replica else ""
-        )
+        where = f" ({replica.replica} at {replica.address or replica.actor} on {replica.node})" if replica else ""
         if self._mode == "fail":
             outcome = "on_expert_loss is fail"
         else:
             outcome = f"nothing replaced it within router.recovery_timeout_s ({self._timeout_s:g} s)"
         return GroupUnavailable(f"expert group {group}{where}: {failure}; {outcome}", group)
+
+
+def seconds_to(until: float) -> float | None:
+    """Seconds to a monotonic deadline, None where it is infinite."""
+    return None if until == math.inf else max(0.0, until - time.monotonic())

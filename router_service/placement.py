@@ -92,9 +92,7 @@ def balanced(
     return holders
 
 
-def _spread(
-    num_experts: int, nodes: Sequence[str], num_redundant_experts: int
-) -> tuple[tuple[int, ...], ...]:
+def _spread(num_experts: int, nodes: Sequence[str], num_redundant_experts: int) -> tuple[tuple[int, ...], ...]:
     num_groups = len(nodes)
     by_node = sorted(range(num_groups), key=lambda group: (nodes[group], group))
     home = [by_node[expert * num_groups // num_experts] for expert in range(num_experts)]

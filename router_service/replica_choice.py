@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from router_service.placement import GroupReplica
 from router_service.table_view import TableView
@@ -30,6 +30,11 @@ class ReplicaChoice:
                 return replicas[0]
             live = [replica for replica in replicas if self._alive(replica)]
             return min(live, key=lambda replica: self._rows_in_flight.get(replica.replica, 0), default=None)
+
+    def least_loaded(self, replicas: Sequence[GroupReplica]) -> GroupReplica:
+        """The one with the fewest rows in flight, the first of several."""
+        with self._lock:
+            return min(replicas, key=lambda replica: self._rows_in_flight.get(replica.replica, 0))
 
     def unreachable(self, view: TableView) -> frozenset[int]:
         """Groups of the table without a live replica."""

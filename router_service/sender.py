@@ -1,22 +1,24 @@
-"""Sending one part of a plan to a replica of its group, and what comes of it."""
+"""Sending the parts of a plan to replicas of their groups, and receiving what comes of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from router_service.counters import RouterCounters
 from router_service.dispatch import GroupPart
+from router_service.node_part import NodePart, bundle
 from router_service.placement import GroupReplica
 from router_service.replica_choice import ReplicaChoice
 from router_service.table_view import TableView
 from router_service.transport.base import PendingReply, Transport, TransportError
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Flight:
-    """A part that is out. `reply` is the error where it could not even be sent."""
+    """A part that is out. version: of the table it was planned with; reply: the error where it was not even sent."""
 
     part: GroupPart
     version: int
@@ -24,39 +26,126 @@ class Flight:
     reply: PendingReply | TransportError
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class NodeFlight:
+    """A node's parts, out as one message (`reply`) or each on its own (`flights`); never both."""
+
+    node_part: NodePart
+    version: int
+    replicas: tuple[GroupReplica, ...] = ()
+    reply: PendingReply | TransportError | None = None
+    flights: tuple[Flight, ...] = ()
+
+
 class Sender:
-    """Sends parts and receives partials, keeping count and health. Thread-safe."""
+    """Sends parts and receives partials, keeping count and health. Thread-safe.
+
+    node: the node that the router runs on; the groups of any other node share a message. None: never.
+    """
 
     def __init__(
-        self, transport: Transport, replicas: ReplicaChoice, counters: RouterCounters, reply_timeout_s: float
+        self, transport: Transport, replicas: ReplicaChoice, counters: RouterCounters, node: str | None
     ) -> None:
         self._transport = transport
         self._replicas = replicas
         self._counters = counters
-        self._reply_timeout_s = reply_timeout_s
+        self._node = node
 
-    def send(self, view: TableView, part: GroupPart, hidden_TH: torch.Tensor) -> Flight:
-        """Start the call; never raises TransportError, `receive` does."""
+    def send_all(
+        self,
+        view: TableView,
+        parts: Sequence[GroupPart],
+        hidden_TH: torch.Tensor,
+        timeout_s: float | None,
+    ) -> list[NodeFlight]:
+        """Start all calls of a batch, nodes in the order of their first group."""
+        by_node: dict[str, list[tuple[GroupPart, GroupReplica | None]]] = {}
+        for part in parts:
+            replica = self._replicas.choose(view, part.group)
+            by_node.setdefault(replica.node if replica is not None else "", []).append((part, replica))
+        return [self._send_node(view, node, chosen, hidden_TH, timeout_s) for node, chosen in by_node.items()]
+
+    def _send_node(
+        self,
+        view: TableView,
+        node: str,
+        chosen: list[tuple[GroupPart, GroupReplica | None]],
+        hidden_TH: torch.Tensor,
+        timeout_s: float | None,
+    ) -> NodeFlight:
         version = view.table.version
-        replica = self._replicas.choose(view, part.group)
+        node_part = bundle([part for part, _ in chosen], len(hidden_TH))
+        self._counters.node(node_part.num_tokens)
+        replicas = tuple(replica for _, replica in chosen if replica is not None)
+        if self._node in (None, node) or len(replicas) < 2 or len(replicas) < len(chosen):
+            flights = tuple(self._fly(version, part, replica, hidden_TH, timeout_s) for part, replica in chosen)
+            return NodeFlight(node_part=node_part, version=version, flights=flights)
+        relay = self._replicas.least_loaded(replicas)
+        addresses = ["" if replica is relay else replica.address or replica.actor for replica in replicas]
+        call = node_part.call(hidden_TH, addresses)
+        self._counters.call(
+            sum(len(part.token_rows_R) for part in node_part.parts),
+            node_part.num_tokens,
+            call.hidden_TH.nbytes,
+            remote=True,
+        )
+        for replica, part in zip(replicas, node_part.parts, strict=True):
+            self._replicas.sent(replica, len(part.token_rows_R))
+        try:
+            reply: PendingReply | TransportError = self._transport.send_node(replicas, call, timeout_s)
+        except TransportError as error:
+            reply = error
+        return NodeFlight(node_part=node_part, version=version, replicas=replicas, reply=reply)
+
+    def receive_node(self, flight: NodeFlight, timeout_s: float) -> torch.Tensor:
+        """Wait for the sum over a node's parts, rows as `node_part.tokens_T`. Raises TransportError, RequestError.
+
+        A failure says nothing about which of the node's replicas failed: send the parts one by one to learn it.
+        """
+        assert flight.reply is not None, "sent as one message"
+        try:
+            if isinstance(flight.reply, TransportError):
+                raise flight.reply
+            partial_TH = flight.reply.result(timeout_s)
+        finally:
+            for replica, part in zip(flight.replicas, flight.node_part.parts, strict=True):
+                self._replicas.answered(replica, len(part.token_rows_R))
+        self._counters.received(partial_TH.nbytes)
+        return partial_TH
+
+    def send(
+        self, view: TableView, part: GroupPart, version: int, hidden_TH: torch.Tensor, timeout_s: float | None
+    ) -> Flight:
+        """Start the call of a part planned with table `version`; never raises TransportError, `receive` does."""
+        return self._fly(version, part, self._replicas.choose(view, part.group), hidden_TH, timeout_s)
+
+    def _fly(
+        self,
+        version: int,
+        part: GroupPart,
+        replica: GroupReplica | None,
+        hidden_TH: torch.Tensor,
+        timeout_s: float | None,
+    ) -> Flight:
         if replica is None:
-            error = TransportError(f"expert group {part.group} has no replica in placement version {version}")
+            error = TransportError("it has no live replica in the placement table")
             return Flight(part=part, version=version, replica=None, reply=error)
         call = part.call(hidden_TH)
-        self._counters.call(len(part.token_rows_R), len(call.hidden_TH), call.hidden_TH.nbytes)
+        remote = self._node is not None and replica.node != self._node
+        self._counters.call(len(part.token_rows_R), len(call.hidden_TH), call.hidden_TH.nbytes, remote=remote)
         self._replicas.sent(replica, len(part.token_rows_R))
         try:
-            reply: PendingReply | TransportError = self._transport.send(replica, call)
+            reply: PendingReply | TransportError = self._transport.send(replica, call, timeout_s)
         except TransportError as error:
             reply = error
         return Flight(part=part, version=version, replica=replica, reply=reply)
 
-    def receive(self, flight: Flight) -> torch.Tensor:
+    def receive(self, flight: Flight, timeout_s: float) -> torch.Tensor:
         """Wait for partial_TH. Raises TransportError (the replica then counts as lost) or RequestError."""
         try:
             if isinstance(flight.reply, TransportError):
                 raise flight.reply
-            partial_TH = flight.reply.result(self._reply_timeout_s)
+            partial_TH = flight.reply.result(timeout_s)
         except TransportError:
             if flight.replica is not None:
                 self._replicas.lost(flight.replica)
@@ -64,5 +153,12 @@ class Sender:
         finally:
             if flight.replica is not None:
                 self._replicas.answered(flight.replica, len(flight.part.token_rows_R))
-        self._counters.bytes_received += partial_TH.nbytes
+        self._counters.received(partial_TH.nbytes)
         return partial_TH
+
+    @staticmethod
+    def cancel(flight: NodeFlight) -> None:
+        """Nobody wants the answers any more."""
+        for reply in (flight.reply, *(each.reply for each in flight.flights)):
+            if reply is not None and not isinstance(reply, TransportError):
+                reply.cancel()

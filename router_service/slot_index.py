@@ -39,9 +39,7 @@ class SlotIndex:
         return len(self.slots_of_expert_EJ[0]) > 1
 
 
-def build_slot_index(
-    holders: Sequence[Sequence[int]], num_groups: int, avoid: Set[int] = frozenset()
-) -> SlotIndex:
+def build_slot_index(holders: Sequence[Sequence[int]], num_groups: int, avoid: Set[int] = frozenset()) -> SlotIndex:
     """Index a layer's `holders` (groups of each expert).
 
     avoid: groups to leave out; an expert that only they hold keeps its first one, so that its rows have

@@ -15,8 +15,7 @@ class TableView:
     def __init__(self, table: PlacementTable) -> None:
         self.table = table
         self.replicas: tuple[tuple[GroupReplica, ...], ...] = tuple(
-            tuple(replica for replica in table.replicas if replica.group == group)
-            for group in range(table.num_groups)
+            tuple(replica for replica in table.replicas if replica.group == group) for group in range(table.num_groups)
         )
         self.missing = frozenset(table.missing_groups())
         self._indices: dict[tuple[int, frozenset[int]], SlotIndex] = {}

@@ -7,11 +7,13 @@ way out and once on its way in. The layout is `ForwardRequest` and `ForwardReply
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from google.protobuf.message import DecodeError
 
 from experts.errors import ExpertNotResident, MeshError, RequestError
+from experts.node_call import NodeCall, NodeShare
 from experts.spec import ExpertCall
 from experts.wire.frame import decode_tensor, encode_frame, split_frame, torch_dtype, wire_dtype
 from experts.wire.v1 import expert_pb2 as pb
@@ -28,7 +30,7 @@ class WireCall:
     """A decoded ForwardRequest. `reply_dtype` is what the caller wants the partial sums in."""
 
     call_id: int
-    call: ExpertCall
+    call: ExpertCall | NodeCall
     reply_dtype: torch.dtype
 
 
@@ -50,7 +52,7 @@ class BadCall(RequestError):
 
 
 def encode_call(
-    call: ExpertCall,
+    call: ExpertCall | NodeCall,
     call_id: int = 0,
     *,
     hidden_dtype: torch.dtype | None = None,
@@ -61,15 +63,13 @@ def encode_call(
     hidden_dtype: what `hidden_TH` travels in, its own by default (float8_e4m3fn: see `encode_frame`).
     reply_dtype: what the partial sums come back in.
     """
-    head = pb.ForwardRequest(
-        call_id=call_id,
-        layer=call.layer,
-        expert_ids=_raw(call.expert_ids_S, torch.int32),
-        offsets=_raw(call.offsets_S1, torch.int32),
-        token_rows=_raw(call.token_rows_R, torch.int32),
-        weights=_raw(call.weights_R, torch.float32),
-        reply_dtype=wire_dtype(reply_dtype),
-    )
+    head = pb.ForwardRequest(call_id=call_id, layer=call.layer, reply_dtype=wire_dtype(reply_dtype))
+    if isinstance(call, NodeCall):
+        for share in call.shares:
+            tokens = b"" if share.tokens_T is None else _raw(share.tokens_T, torch.int32)
+            _encode_rows(share, head.shares.add(group=share.group, address=share.address, tokens=tokens))
+    else:
+        _encode_rows(call, head)
     return encode_frame(head, call.hidden_TH, hidden_dtype)
 
 
@@ -85,15 +85,15 @@ def decode_call(data: bytes) -> WireCall:
     except DecodeError as error:
         raise RequestError(f"message: not a ForwardRequest ({error})", "message") from None
     try:
-        call = ExpertCall(
-            layer=head.layer,
-            hidden_TH=decode_tensor(body, "hidden"),
-            expert_ids_S=_vector(head.expert_ids, torch.int32, "expert_ids"),
-            offsets_S1=_vector(head.offsets, torch.int32, "offsets"),
-            token_rows_R=_vector(head.token_rows, torch.int32, "token_rows"),
-            weights_R=_vector(head.weights, torch.float32, "weights"),
-        )
-        _check(call)
+        hidden_TH = decode_tensor(body, "hidden")
+        if hidden_TH.dim() != 2:
+            raise RequestError(f"hidden.shape: [T, H] expected, not {list(hidden_TH.shape)}", "hidden.shape")
+        call: ExpertCall | NodeCall
+        if head.shares:
+            shares = tuple(_decode_share(share, len(hidden_TH)) for share in head.shares)
+            call = NodeCall(layer=head.layer, hidden_TH=hidden_TH, shares=shares)
+        else:
+            call = ExpertCall(layer=head.layer, hidden_TH=hidden_TH, **_decode_rows(head, len(hidden_TH)))
         reply_dtype = torch.float32
         if head.reply_dtype:
             reply_dtype = torch_dtype(head.reply_dtype, "reply_dtype")
@@ -146,13 +146,55 @@ def _vector(data: bytes, dtype: torch.dtype, field: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
-def _check(call: ExpertCall) -> None:
+class _Rows(TypedDict):
+    expert_ids_S: torch.Tensor
+    offsets_S1: torch.Tensor
+    token_rows_R: torch.Tensor
+    weights_R: torch.Tensor
+
+
+def _encode_rows(call: ExpertCall | NodeShare, message: pb.ForwardRequest | pb.NodeShare) -> None:
+    message.expert_ids = _raw(call.expert_ids_S, torch.int32)
+    message.offsets = _raw(call.offsets_S1, torch.int32)
+    message.token_rows = _raw(call.token_rows_R, torch.int32)
+    message.weights = _raw(call.weights_R, torch.float32)
+
+
+def _decode_rows(message: pb.ForwardRequest | pb.NodeShare, num_tokens: int) -> _Rows:
+    rows = _Rows(
+        expert_ids_S=_vector(message.expert_ids, torch.int32, "expert_ids"),
+        offsets_S1=_vector(message.offsets, torch.int32, "offsets"),
+        token_rows_R=_vector(message.token_rows, torch.int32, "token_rows"),
+        weights_R=_vector(message.weights, torch.float32, "weights"),
+    )
+    _check(num_tokens, **rows)
+    return rows
+
+
+def _decode_share(message: pb.NodeShare, num_tokens: int) -> NodeShare:
+    tokens_T = _vector(message.tokens, torch.int32, "shares.tokens") if message.tokens else None
+    if tokens_T is not None:
+        tokens = tokens_T.numpy()
+        if tokens[0] < 0 or tokens[-1] >= num_tokens or (tokens[1:] <= tokens[:-1]).any():
+            raise RequestError(
+                f"shares.tokens: distinct rows 0 to {num_tokens - 1} of hidden in ascending order expected",
+                "shares.tokens",
+            )
+        num_tokens = len(tokens)
+    rows = _decode_rows(message, num_tokens)
+    return NodeShare(group=message.group, address=message.address, tokens_T=tokens_T, **rows)
+
+
+def _check(
+    num_tokens: int,
+    expert_ids_S: torch.Tensor,
+    offsets_S1: torch.Tensor,
+    token_rows_R: torch.Tensor,
+    weights_R: torch.Tensor,
+) -> None:
     """The parts of a call agree: what the arithmetic relies on, it never indexes out of bounds after this."""
-    if call.hidden_TH.dim() != 2:
-        raise RequestError(f"hidden.shape: [T, H] expected, not {list(call.hidden_TH.shape)}", "hidden.shape")
-    num_tokens, num_experts = len(call.hidden_TH), len(call.expert_ids_S)
-    num_rows = len(call.token_rows_R)
-    ids, offsets, rows = call.expert_ids_S.numpy(), call.offsets_S1.numpy(), call.token_rows_R.numpy()
+    num_experts, num_rows = len(expert_ids_S), len(token_rows_R)
+    ids, offsets, rows = expert_ids_S.numpy(), offsets_S1.numpy(), token_rows_R.numpy()
     if num_experts and (ids[0] < 0 or (ids[1:] <= ids[:-1]).any()):
         raise RequestError("expert_ids: distinct non-negative ids in ascending order expected", "expert_ids")
     if len(offsets) != num_experts + 1:
@@ -166,5 +208,5 @@ def _check(call: ExpertCall) -> None:
         )
     if num_rows and (rows.min() < 0 or rows.max() >= num_tokens):
         raise RequestError(f"token_rows: rows 0 to {num_tokens - 1} of hidden can be read", "token_rows")
-    if len(call.weights_R) != num_rows:
-        raise RequestError(f"weights: one per token_row ({num_rows}) expected, not {len(call.weights_R)}", "weights")
+    if len(weights_R) != num_rows:
+        raise RequestError(f"weights: one per token_row ({num_rows}) expected, not {len(weights_R)}", "weights")

@@ -40,7 +40,6 @@ def build_gate(spec: GateSpec, weight_EH: torch.Tensor, bias_E: torch.Tensor | N
         case "deepseek_v3":
             if bias_E is None:
                 raise CheckpointError(
-                    "the gate has no e_score_correction_bias; DeepSeek-V3 and Kimi K2 checkpoints carry "
-                    "one per layer"
+                    "the gate has no e_score_correction_bias; DeepSeek-V3 and Kimi K2 checkpoints carry one per layer"
                 )
             return DeepseekV3Gate(spec, weight_EH, bias_E)

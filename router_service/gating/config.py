@@ -28,8 +28,7 @@ def gate_spec_from_config(config: Mapping[str, Any]) -> GateSpec | None:
     if spec.n_group is not None and spec.topk_group is not None:
         if spec.n_group < 1 or spec.num_experts % spec.n_group:
             raise CheckpointError(
-                f"config.json: n_group is {spec.n_group}, must divide the number of experts "
-                f"({spec.num_experts})"
+                f"config.json: n_group is {spec.n_group}, must divide the number of experts ({spec.num_experts})"
             )
         eligible = spec.topk_group * (spec.num_experts // spec.n_group)
         if not 1 <= spec.topk_group <= spec.n_group or eligible < spec.num_experts_per_tok:

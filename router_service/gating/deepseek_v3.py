@@ -27,9 +27,7 @@ class DeepseekV3Gate:
         scores_TE = gate_logits(hidden_TH, self._weight_EH).sigmoid()
         choice_TE = scores_TE + self._bias_E
         if spec.n_group is not None and spec.topk_group is not None and spec.n_group > 1:
-            group_scores_TG = (
-                choice_TE.view(len(choice_TE), spec.n_group, -1).topk(2, dim=-1).values.sum(dim=-1)
-            )
+            group_scores_TG = choice_TE.view(len(choice_TE), spec.n_group, -1).topk(2, dim=-1).values.sum(dim=-1)
             choice_TE = keep_best_groups(choice_TE, group_scores_TG, spec.topk_group, float("-inf"))
         expert_ids_TK = choice_TE.topk(spec.num_experts_per_tok, dim=-1, sorted=False).indices
         weights_TK = scores_TE.gather(1, expert_ids_TK)

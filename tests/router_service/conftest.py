@@ -11,9 +11,7 @@ class TinyExperts:
 
     def __init__(self, num_experts, hidden_size):
         generator = torch.Generator().manual_seed(7)
-        self.weight_EHH = (
-            torch.randn(num_experts, hidden_size, hidden_size, generator=generator) / hidden_size**0.5
-        )
+        self.weight_EHH = torch.randn(num_experts, hidden_size, hidden_size, generator=generator) / hidden_size**0.5
 
     def expert(self, expert, hidden_TH):
         return torch.tanh(hidden_TH.float() @ self.weight_EHH[expert])
@@ -24,9 +22,7 @@ class TinyExperts:
         for token, (ids, weights) in enumerate(zip(expert_ids_TK.tolist(), weights_TK.tolist(), strict=True)):
             for expert, weight in zip(ids, weights, strict=True):
                 if expert >= 0:
-                    out_TH[token] += weight * torch.tanh(
-                        hidden_TH[token].double() @ self.weight_EHH[expert].double()
-                    )
+                    out_TH[token] += weight * torch.tanh(hidden_TH[token].double() @ self.weight_EHH[expert].double())
         return out_TH
 
 
@@ -88,9 +84,7 @@ class Mesh:
             version=self.table.version + 1,
             num_groups=self.table.num_groups,
             holders=holders or self.table.holders,
-            replicas=tuple(
-                sorted(self.table.replicas if replicas is None else replicas, key=lambda r: r.replica)
-            ),
+            replicas=tuple(sorted(self.table.replicas if replicas is None else replicas, key=lambda r: r.replica)),
         )
         return self.table
 

@@ -14,9 +14,7 @@ def test_sums_partials_in_float32_and_rounds_once():
     out = combiner.result(torch.bfloat16)
     # One rounding at the end: 1 + 2 * 2^-9 is a bfloat16 (1 + 2^-8 is a tie to even), 1 + 2^-9 twice would
     # be 1.
-    expected = torch.tensor(
-        [[1 + 2.0**-8, 2 + 2.0**-8], [2.0**-9] * 2, [3 + 2.0**-9, 4 + 2.0**-9]]
-    ).bfloat16()
+    expected = torch.tensor([[1 + 2.0**-8, 2 + 2.0**-8], [2.0**-9] * 2, [3 + 2.0**-9, 4 + 2.0**-9]]).bfloat16()
     assert torch.equal(out, expected)
 
 

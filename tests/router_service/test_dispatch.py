@@ -44,9 +44,7 @@ def test_every_row_once_to_a_holder_in_order(num_tokens, num_groups, most, drop)
         assert part.layer == 5
         assert list(part.expert_ids_S) == sorted(set(part.expert_ids_S.tolist()))
         rows = rows_of(part, num_tokens)
-        assert [row[:2] for row in rows] == sorted(
-            (row[:2] for row in rows), key=lambda row: (row[1], row[0])
-        )
+        assert [row[:2] for row in rows] == sorted((row[:2] for row in rows), key=lambda row: (row[1], row[0]))
         assert all(part.group in holders[expert] for _, expert, _ in rows)
         if part.tokens_T is not None:
             assert sorted({token for token, _, _ in rows}) == part.tokens_T.tolist()

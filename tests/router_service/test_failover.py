@@ -120,9 +120,7 @@ def test_past_the_bound_the_group_is_named(make_mesh, make_router):
     mesh = make_mesh()
     router, transport = make_router(mesh, recovery_timeout_s=0.05)
     transport.kill(mesh.replica(2))
-    with pytest.raises(
-        GroupUnavailable, match=r"group 2 .*injected.*recovery_timeout_s \(0\.05 s\)"
-    ) as caught:
+    with pytest.raises(GroupUnavailable, match=r"group 2 .*injected.*recovery_timeout_s \(0\.05 s\)") as caught:
         router.dispatch(0, *mesh.batch(50)).result()
     assert caught.value.group == 2
 
@@ -135,9 +133,7 @@ def test_a_group_without_any_replica_is_waited_for(make_mesh, make_router):
     assert gone.missing_groups() == (1,)
     pending = router.dispatch(0, *batch)
     router.update(mesh.start(1))
-    torch.testing.assert_close(
-        pending.result().double(), mesh.experts.reference(*batch), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(pending.result().double(), mesh.experts.reference(*batch), atol=1e-5, rtol=1e-5)
 
 
 def test_fail_raises_at_once(make_mesh, make_router):
@@ -154,9 +150,7 @@ def test_degrade_leaves_the_group_out_and_counts(make_mesh, make_router):
     transport.kill(mesh.replica(0))
     hidden_TH, ids_TK, weights_TK = mesh.batch(50)
     out = router.dispatch(0, hidden_TH, ids_TK, weights_TK).result()
-    lost = torch.isin(
-        ids_TK, torch.tensor([e for e, held in enumerate(mesh.table.holders[0]) if held == (0,)])
-    )
+    lost = torch.isin(ids_TK, torch.tensor([e for e, held in enumerate(mesh.table.holders[0]) if held == (0,)]))
     left = mesh.experts.reference(hidden_TH, ids_TK.masked_fill(lost, -1), weights_TK)
     torch.testing.assert_close(out.double(), left, atol=1e-5, rtol=1e-5)
     assert router.counters.degraded_tokens == int(lost.any(dim=1).sum()) > 0

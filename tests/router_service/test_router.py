@@ -44,9 +44,7 @@ def test_route_is_gate_then_dispatch(make_mesh):
     gate = build_gate(spec, torch.randn(16, 8), None)
     router = make_router(mesh, {3: gate})
     hidden_TH, _, _ = mesh.batch(20)
-    assert torch.equal(
-        router.route(3, hidden_TH).result(), router.dispatch(3, hidden_TH, *gate(hidden_TH)).result()
-    )
+    assert torch.equal(router.route(3, hidden_TH).result(), router.dispatch(3, hidden_TH, *gate(hidden_TH)).result())
 
 
 def test_each_token_is_sent_to_a_group_once(make_mesh):

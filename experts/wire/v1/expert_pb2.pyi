@@ -32,8 +32,26 @@ class Tensor(_message.Message):
     data: bytes
     def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., scales: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
 
+class NodeShare(_message.Message):
+    __slots__ = ("group", "address", "tokens", "expert_ids", "offsets", "token_rows", "weights")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_ROWS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    group: int
+    address: str
+    tokens: bytes
+    expert_ids: bytes
+    offsets: bytes
+    token_rows: bytes
+    weights: bytes
+    def __init__(self, group: _Optional[int] = ..., address: _Optional[str] = ..., tokens: _Optional[bytes] = ..., expert_ids: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., token_rows: _Optional[bytes] = ..., weights: _Optional[bytes] = ...) -> None: ...
+
 class ForwardRequest(_message.Message):
-    __slots__ = ("call_id", "layer", "expert_ids", "offsets", "token_rows", "weights", "reply_dtype", "hidden")
+    __slots__ = ("call_id", "layer", "expert_ids", "offsets", "token_rows", "weights", "reply_dtype", "shares", "hidden")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +59,7 @@ class ForwardRequest(_message.Message):
     TOKEN_ROWS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     REPLY_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     layer: int
@@ -49,8 +68,9 @@ class ForwardRequest(_message.Message):
     token_rows: bytes
     weights: bytes
     reply_dtype: DType
+    shares: _containers.RepeatedCompositeFieldContainer[NodeShare]
     hidden: Tensor
-    def __init__(self, call_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert_ids: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., token_rows: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., reply_dtype: _Optional[_Union[DType, str]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, call_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert_ids: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., token_rows: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., reply_dtype: _Optional[_Union[DType, str]] = ..., shares: _Optional[_Iterable[_Union[NodeShare, _Mapping]]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("code", "message")

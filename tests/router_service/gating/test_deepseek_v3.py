@@ -14,9 +14,7 @@ from router_service.gating.config import gate_spec_from_config
 )
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 @pytest.mark.parametrize("num_tokens", [1, 700])
-def test_equals_transformers(
-    num_tokens, norm_topk_prob, num_experts, n_group, topk_group, assert_same_routing
-):
+def test_equals_transformers(num_tokens, norm_topk_prob, num_experts, n_group, topk_group, assert_same_routing):
     torch.manual_seed(0)
     config = DeepseekV3Config(
         hidden_size=48,
@@ -32,7 +30,5 @@ def test_equals_transformers(
     torch.nn.init.normal_(router.e_score_correction_bias, std=0.2)
     hidden_TH = torch.randn(num_tokens, 48)
     _, weights_TK, ids_TK = router(hidden_TH)
-    gate = build_gate(
-        gate_spec_from_config(config.to_dict()), router.weight.detach(), router.e_score_correction_bias
-    )
+    gate = build_gate(gate_spec_from_config(config.to_dict()), router.weight.detach(), router.e_score_correction_bias)
     assert_same_routing(gate(hidden_TH), ids_TK, weights_TK)

@@ -28,9 +28,7 @@ def test_bfloat16_hidden_is_scored_in_float32():
     out = gate(hidden_TH)
     logits_TE = hidden_TH.double() @ weight_EH.double().T
     assert torch.equal(out.expert_ids_TK, logits_TE.topk(2).indices)
-    torch.testing.assert_close(
-        out.weights_TK.double(), logits_TE.topk(2).values.softmax(-1), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(out.weights_TK.double(), logits_TE.topk(2).values.softmax(-1), atol=1e-5, rtol=1e-5)
 
 
 def test_nan_stays_in_its_own_token():

@@ -11,9 +11,7 @@ from router_service.gating.config import gate_spec_from_config
 @pytest.mark.parametrize("num_tokens", [1, 700])
 def test_equals_transformers(num_tokens, norm_topk_prob, assert_same_routing):
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        hidden_size=48, num_experts=128, num_experts_per_tok=8, norm_topk_prob=norm_topk_prob
-    )
+    config = Qwen3MoeConfig(hidden_size=48, num_experts=128, num_experts_per_tok=8, norm_topk_prob=norm_topk_prob)
     router = Qwen3MoeTopKRouter(config)
     torch.nn.init.normal_(router.weight, std=0.3)
     hidden_TH = torch.randn(num_tokens, 48)

@@ -9,7 +9,6 @@ from experts.errors import ExpertNotResident, MeshError
 from experts.spec import ExpertCall
 from experts.wire.codec import decode_call, encode_failure, encode_partial
 from router_service.placement import GroupReplica
-from router_service.transport.grpc_options import CHANNEL_OPTIONS
 
 
 class Doubler:
@@ -28,9 +27,7 @@ class Doubler:
         if call.layer != 0:
             raise ExpertNotResident(f"layer {call.layer} is not here", "layer")
         partial_TH = torch.zeros(call.hidden_TH.shape)
-        partial_TH.index_add_(
-            0, call.token_rows_R, call.weights_R[:, None] * call.hidden_TH[call.token_rows_R].float()
-        )
+        partial_TH.index_add_(0, call.token_rows_R, call.weights_R[:, None] * call.hidden_TH[call.token_rows_R].float())
         return partial_TH
 
 
@@ -50,16 +47,19 @@ class Served:
             "expertmesh.experts.v1.ExpertService", {"Stream": grpc.stream_stream_rpc_method_handler(stream)}
         )
         self.server = grpc.server(
-            futures.ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0), *CHANNEL_OPTIONS]
+            futures.ThreadPoolExecutor(8),
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", 1 << 28),
+                ("grpc.max_send_message_length", 1 << 28),
+            ],
         )
         self.server.add_generic_rpc_handlers((handler,))
         self.port = self.server.add_insecure_port(f"127.0.0.1:{port}")
         self.server.start()
 
     def replica(self, group=0, start=0):
-        return GroupReplica(
-            group=group, replica=f"g{group}-{start}", node="n0", address=f"127.0.0.1:{self.port}"
-        )
+        return GroupReplica(group=group, replica=f"g{group}-{start}", node="n0", address=f"127.0.0.1:{self.port}")
 
     def kill(self):
         self.server.stop(None).wait(10)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from experts.errors import ExpertNotResident
+from experts.node_call import NodeCall, NodeShare
 from router_service.placement import GroupReplica
 from router_service.transport.base import TransportError
 
@@ -64,10 +65,41 @@ def test_calls_reach_actors_of_both_kinds_and_failures_are_told_apart(make_call)
         with pytest.raises(ExpertNotResident, match="layer 3 is not here"):
             transport.send(replica, make_call(torch.ones(1, 4), layer=3)).result(20)
         ray.kill(actor)
-        with pytest.raises(TransportError, match="Died|Unavailable|no actor"):
+        with pytest.raises(TransportError, match=r"Died|Unavailable|no actor"):
             transport.send(replica, make_call(torch.ones(1, 4))).result(20)
     with pytest.raises(TransportError, match="no actor 'nobody'"):
         transport.send(
             GroupReplica(group=1, replica="x", node="n", address="", actor="nobody"),
             make_call(torch.ones(1, 4)),
         )
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_node_of_actors_answers_with_one_sum():
+    """Two groups, each worth 2 * hidden for its tokens; the batch is large enough to travel as one object."""
+    transport = RayRefsTransport("mesh")
+    # An actor lives as long as its handle.
+    started = [start_group(f"node-{asynchronous}", asynchronous=asynchronous) for asynchronous in (False, True)]
+    replicas = [replica for _, replica in started]
+    for num_tokens in (3, 2048):
+        hidden_TH = torch.randn(num_tokens, 64)
+        tokens_T = torch.arange(0, num_tokens, 2, dtype=torch.int32)
+        shares = tuple(
+            NodeShare(
+                group=group,
+                address=address,
+                tokens_T=tokens,
+                expert_ids_S=torch.zeros(1, dtype=torch.int32),
+                offsets_S1=torch.tensor([0, 1], dtype=torch.int32),
+                token_rows_R=torch.zeros(1, dtype=torch.int32),
+                weights_R=torch.ones(1),
+            )
+            for group, (address, tokens) in enumerate([("", tokens_T), ("sibling", None)])
+        )
+        call = NodeCall(layer=0, hidden_TH=hidden_TH, shares=shares)
+        expected = 2 * hidden_TH
+        expected[tokens_T] += 2 * hidden_TH[tokens_T]
+        assert torch.equal(transport.send_node(replicas, call).result(20), expected)
+    refused = NodeCall(layer=5, hidden_TH=torch.ones(3, 64), shares=shares)
+    with pytest.raises(ExpertNotResident, match="layer 5"):
+        transport.send_node(replicas, refused).result(20)
