@@ -1,0 +1,1 @@
+"""Everything that is compiled by Triton. No other package imports `triton`."""
