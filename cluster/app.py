@@ -13,7 +13,7 @@ from ray.serve import Application
 
 from cluster.config.load import parse_mesh
 from cluster.config.mesh import EngineConfig, ExpertsConfig
-from cluster.deployments import ControllerDeployment, EngineDeployment, GroupDeployment
+from cluster.deployments import CONTROLLER, ENGINE, GROUP
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -23,15 +23,15 @@ def build(args: dict[str, Any]) -> Application:
     """
     config = parse_mesh(args, origin="mesh")
     document = config.model_dump(mode="json")
-    engine = EngineDeployment.options(
+    engine = ENGINE.options(
         ray_actor_options=_actor_options(config.engine),
         **_scaling(config.autoscaling.engine, config.engine.replicas),
     )
     if config.router.transport == "in_process":
         return engine.bind(document, None)
-    controller = ControllerDeployment.bind(document)
+    controller = CONTROLLER.bind(document)
     groups = [
-        GroupDeployment.options(
+        GROUP.options(
             name=f"experts-{group}",
             ray_actor_options=_actor_options(config.experts),
             **_scaling(config.autoscaling.experts, 1),

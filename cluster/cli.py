@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
-import click
 import typer
+from typer.core import TyperGroup
 
 from experts.errors import MeshError
 
@@ -23,40 +24,49 @@ _COMMANDS = {
 }
 
 
-class _LazyGroup(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
+class _LazyGroup(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(_COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in _COMMANDS:
             return None
-        module, attribute = _COMMANDS[cmd_name][0].split(":")
-        target = getattr(importlib.import_module(module), attribute)
-        if isinstance(target, typer.Typer):
-            return typer.main.get_command(target)
-        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        single.command(name=cmd_name, help=_COMMANDS[cmd_name][1])(target)
+        target, text = _COMMANDS[cmd_name]
+        module, attribute = target.split(":")
+        found = getattr(importlib.import_module(module), attribute)
+        if isinstance(found, typer.Typer):
+            return typer.main.get_command(found)
+        single = _typer()
+        single.command(name=cmd_name, help=text)(found)
         return typer.main.get_command(single)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.format_usage(ctx, formatter)
+        formatter.write_paragraph()
+        formatter.write_text(self.help or "")
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
 
-def main(arguments: list[str] | None = None) -> None:
+def _typer(**options: Any) -> typer.Typer:
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options)
+
+
+app = _typer(cls=_LazyGroup, help="Serves Mixture-of-Experts models, one expert group at a time.")
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 it ran and found a fault, 2 what the user gave cannot be used."""
-    group = _LazyGroup("expertmesh", help="Serves Mixture-of-Experts models, one expert group at a time.")
     try:
-        code = group.main(args=arguments, prog_name="expertmesh", standalone_mode=False)
+        app(prog_name="expertmesh")
     except MeshError as error:
-        click.echo(f"error: {error}", err=True)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

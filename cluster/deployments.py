@@ -30,18 +30,10 @@ Document = Mapping[str, Any]
 _UNBOUNDED = 100_000
 
 
-@serve.deployment(
-    name="controller",
-    max_ongoing_requests=_UNBOUNDED,
-    health_check_period_s=1,
-    health_check_timeout_s=10,
-    graceful_shutdown_timeout_s=1,
-    ray_actor_options={"num_cpus": 0},
-)
-class ControllerDeployment:
+class ControllerActor:
     """Controller of the application; one replica."""
 
-    async def __init__(self, document: Document) -> None:
+    async def __init__(self, document: Document) -> None:  # type: ignore[misc]  # Serve awaits constructors
         from cluster.control.controller import Controller
         from cluster.model_files import open_checkpoint
         from experts.weights.layout import describe_experts
@@ -79,17 +71,12 @@ class ControllerDeployment:
         return self._controller.status()
 
 
-@serve.deployment(
-    max_ongoing_requests=_UNBOUNDED,
-    health_check_period_s=1,
-    health_check_timeout_s=30,
-    graceful_shutdown_timeout_s=30,
-    graceful_shutdown_wait_loop_s=0.1,
-)
-class GroupDeployment:
+class GroupActor:
     """One expert group; every replica of this deployment is a whole copy of the group."""
 
-    async def __init__(self, group: int, document: Document, controller: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]
+        self, group: int, document: Document, controller: DeploymentHandle
+    ) -> None:
         from cluster.group_host import GroupHost, HostIdentity
         from router_service.transport.ray_refs import serve_calls
 
@@ -117,19 +104,10 @@ class GroupDeployment:
             await host.stop()
 
 
-@serve.deployment(
-    name="engine",
-    max_ongoing_requests=_UNBOUNDED,
-    health_check_period_s=1,
-    health_check_timeout_s=30,
-    graceful_shutdown_timeout_s=60,
-    graceful_shutdown_wait_loop_s=0.1,
-)
-@serve.ingress()
-class EngineDeployment:
+class EngineActor:
     """The HTTP ingress: OpenAI API, engine and router in one process."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]
         self, document: Document, controller: DeploymentHandle | None, *groups: DeploymentHandle
     ) -> None:
         from cluster.engine_host import EngineHost
@@ -164,3 +142,20 @@ def _transport(name: str) -> Transport | None:
 
         return RayRefsTransport(namespace="serve")
     return None
+
+
+# A dead actor should be noticed within a second. Serve's requests in progress are not our calls in flight: those go
+# past it, and `stop` of each host drains them.
+_SUPERVISION = {
+    "max_ongoing_requests": _UNBOUNDED,
+    "health_check_period_s": 1,
+    "health_check_timeout_s": 30,
+    "graceful_shutdown_wait_loop_s": 0.1,
+}
+CONTROLLER: Any = serve.deployment(
+    name="controller", graceful_shutdown_timeout_s=1, ray_actor_options={"num_cpus": 0}, **_SUPERVISION
+)(ControllerActor)
+GROUP: Any = serve.deployment(graceful_shutdown_timeout_s=30, **_SUPERVISION)(GroupActor)
+ENGINE: Any = serve.deployment(name="engine", graceful_shutdown_timeout_s=60, **_SUPERVISION)(
+    serve.ingress()(EngineActor)
+)

@@ -12,7 +12,7 @@ from cluster.config.mesh import MeshConfig
 from cluster.control.client import ControllerClient
 from cluster.control.follow import follow_tables
 from cluster.engine_limits import engine_limits
-from cluster.model_files import expert_backend, open_checkpoint, pick_device, pick_dtype
+from cluster.model_files import expert_backend, open_checkpoint, pick_device, pick_dtype, served_name
 from cluster.serving.engine import Engine
 from cluster.serving.health import GroupHealth, Health
 from cluster.serving.openai_api import create_app
@@ -60,11 +60,12 @@ class EngineHost:
         config = self._config
         checkpoint = open_checkpoint(config.model)
         skeleton, tokenizer = await asyncio.to_thread(self._load, checkpoint)
-        table = None
         if self._transport is None:
-            table, self._transport = await asyncio.to_thread(_local_experts, checkpoint, config)
+            table, transport = await asyncio.to_thread(_local_experts, checkpoint, config)
+        else:
+            table, transport = None, self._transport
         self._router = Router(
-            self._transport,
+            transport,
             skeleton.gates,
             recovery_timeout_s=config.router.recovery_timeout_s,
             on_expert_loss=config.experts.on_expert_loss,
@@ -85,7 +86,7 @@ class EngineHost:
         self._app = create_app(
             self._engine,
             tokenizer,
-            model_name=config.model.served_name or Path(config.model.source).name,
+            model_name=served_name(config.model),
             health=self._health,
             api_keys=self._api_keys,
         )

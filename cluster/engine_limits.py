@@ -20,13 +20,13 @@ def engine_limits(engine: EngineConfig, layout: KVLayout, max_position_embedding
     auto length: the model's positions, or what the memory holds of one sequence if that is less.
     auto memory: a share of what is free now, but never more than max_num_seqs sequences of full length can use.
     """
-    longest = max_position_embeddings if engine.max_model_len == "auto" else engine.max_model_len
-    memory = engine.kv_cache_memory
-    if memory == "auto":
+    fixed_length = None if engine.max_model_len == "auto" else int(engine.max_model_len)
+    longest = fixed_length or max_position_embeddings
+    if engine.kv_cache_memory == "auto":
         memory = min(_free_share(layout.device), engine.max_num_seqs * longest * layout.bytes_per_token)
-    if engine.max_model_len == "auto":
-        longest = max(1, min(longest, memory // layout.bytes_per_token))
-    return longest, memory
+    else:
+        memory = int(engine.kv_cache_memory)
+    return fixed_length or max(1, min(longest, memory // layout.bytes_per_token)), memory
 
 
 def _free_share(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def open_checkpoint(model: ModelConfig) -> Checkpoint:
     """The checkpoint that `model.source` names; a hub id's files are fetched as they are needed.
 
-    Raises CheckpointError, ConfigError.
+    Raises CheckpointError.
     """
     return checkpoint_source.open_checkpoint(model.source, revision=model.revision)
+
+
+def served_name(model: ModelConfig) -> str:
+    """What clients call the model: `served_name`, else a directory's name, else the hub id."""
+    return model.served_name or (Path(model.source).name if Path(model.source).is_dir() else model.source)
 
 
 def check_model(config: MeshConfig) -> ExpertLayout:
@@ -57,7 +63,7 @@ def expert_backend(
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto`: the GPU that Ray gave this process, else the CPU. Raises ConfigError where cuda is asked for and absent."""
+    """`auto`: the GPU that Ray gave this process, else the CPU. Raises ConfigError where cuda is absent."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda is asked for, but this process sees no GPU; use auto or cpu, or num_gpus: 1")
     if device == "auto":

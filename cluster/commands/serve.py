@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import threading
@@ -24,7 +25,7 @@ from cluster.commands.progress import Progress
 from cluster.config.load import load_mesh
 from cluster.config.mesh import MeshConfig
 from cluster.local_ray import start_local_ray
-from cluster.model_files import check_model
+from cluster.model_files import check_model, served_name
 from cluster.running_app import APPLICATION, connect, deployment_failure
 from experts.errors import ConfigError
 
@@ -53,6 +54,7 @@ def command(
 
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, interrupt)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     progress = Progress()
     try:
         with progress.phase("model"):
@@ -157,7 +159,7 @@ def _first_completion(config: MeshConfig, url: str, prompt: str, progress: Progr
 
 
 def _ready(url: str, prompt: str, config: MeshConfig) -> str:
-    name = config.model.served_name or Path(config.model.source).name
+    name = served_name(config.model)
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.http.api_keys_file else ""
     return (
         "The same with curl:\n"

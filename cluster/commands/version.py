@@ -2,9 +2,9 @@
 
 from importlib.metadata import version
 
-import click
+import typer
 
 
 def command() -> None:
     """Print the version."""
-    click.echo(version("expertmesh"))
+    typer.echo(version("expertmesh"))
