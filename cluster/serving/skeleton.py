@@ -159,7 +159,10 @@ def _load_model(
 
     # Same name and module as the family's class: transformers looks its renames up by them.
     skeleton_class = type(family.__name__, (family,), {"__init__": init, "__module__": family.__module__})
-    tensors = {name: _LazyTensor(checkpoint, name) for name in checkpoint.files if not name.endswith("_scale_inv")}
+    block = (raw_config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
+    tensors = {
+        name: _LazyTensor(checkpoint, name, block) for name in checkpoint.files if not name.endswith("_scale_inv")
+    }
     try:
         with _quiet_transformers():
             model, info = skeleton_class.from_pretrained(  # type: ignore[attr-defined]
@@ -207,22 +210,23 @@ def _take_experts_out(model: nn.Module, connection: RouterConnection, has_gate: 
 class _LazyTensor:
     """A checkpoint's tensor that is read when transformers slices it; fp8 is widened on the way."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, name: str, block: Sequence[int]) -> None:
         self._checkpoint = checkpoint
         self._name = name
+        self._block = block
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         tensor = self._checkpoint.read(self._name)
         scale_name = self._name + "_scale_inv"
         if scale_name in self._checkpoint.files:
-            tensor = widen_fp8(tensor, self._checkpoint.read(scale_name))
+            tensor = _widen_fp8(tensor, self._checkpoint.read(scale_name), self._block)
         return tensor[index]
 
 
-def widen_fp8(weight_NK: torch.Tensor, scale: torch.Tensor, block: int = 128) -> torch.Tensor:
-    """float32 weight of fp8 with one scale per block x block tile, edge tiles cut short (DeepSeek-V3's format)."""
+def _widen_fp8(weight_NK: torch.Tensor, scale: torch.Tensor, block: Sequence[int]) -> torch.Tensor:
+    """float32 weight of fp8 with one scale per block, edge blocks cut short (DeepSeek-V3's format)."""
     rows, columns = weight_NK.shape
-    scale_NK = scale.float().repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
+    scale_NK = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
     return weight_NK.float() * scale_NK
 
 

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import copy
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cluster.serving.attention_batch import AttentionBatch, Chunk
 from cluster.serving.kv_cache import KVCache
 from cluster.serving.moe_block import MoeBlock
 from cluster.serving.skeleton import ModelSkeleton, load_skeleton
+from experts.errors import CheckpointError
 
 ROUTED = ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "kimi_k2"]
 FALLBACK = ["olmoe", "gpt_oss"]
@@ -77,3 +82,100 @@ def test_holds_no_expert(
     assert not [name for name, tensor in named if tuple(tensor.shape) in expert_shapes and tensor.dim() == 3]
     blocks = [module for module in skeleton.model.modules() if isinstance(module, MoeBlock)]
     assert bool(blocks) == bool(skeleton.gates) == (family in ROUTED)
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def copy_of(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """family -> a copy of its tiny checkpoint that a test may spoil."""
+    return lambda family: Path(shutil.copytree(tiny_checkpoint(family), tmp_path / family))
+
+
+def load(directory: Path) -> ModelSkeleton:
+    return load_skeleton(directory, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@torch.inference_mode()
+def test_fp8_weights_are_widened(copy_of: Callable[[str], Path], connected_skeleton: Connect) -> None:
+    directory = copy_of("deepseek_v3")
+    tensors = load_file(directory / "model.safetensors")
+    block = 16
+    for name in [name for name in tensors if name.endswith("_proj.weight") and ".experts." not in name]:
+        weight_NK = tensors[name]
+        rows, columns = (-(-size // block) for size in weight_NK.shape)
+        scale = torch.rand(rows, columns) + 0.5
+        scale_NK = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)[
+            : weight_NK.shape[0], : weight_NK.shape[1]
+        ]
+        quantised_NK = (weight_NK / scale_NK).to(torch.float8_e4m3fn)
+        tensors[name], tensors[name + "_scale_inv"] = quantised_NK, scale
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    edit_config(directory, quantization_config={"quant_method": "fp8", "weight_block_size": [block, block]})
+    plain, reference = connected_skeleton("deepseek_v3")
+    skeleton = load(directory)
+    assert plain.connection.router is not None
+    skeleton.connect(plain.connection.router)
+    prompt = torch.arange(40)
+    (logits,) = logits_in_chunks(skeleton, [prompt], [40])
+    # Widened by hand into transformers' own model.
+    state = reference.state_dict()
+    widened = copy.deepcopy(reference)
+    for name, scale in tensors.items():
+        if name.endswith("_scale_inv"):
+            weight = name.removesuffix("_scale_inv")
+            scale_NK = torch.kron(scale, torch.ones(block, block))[: state[weight].shape[0], : state[weight].shape[1]]
+            widened.get_parameter(weight).data = tensors[weight].float() * scale_NK
+    torch.testing.assert_close(logits, widened(prompt[None]).logits[0], rtol=0, atol=1e-4)
+    assert not torch.allclose(logits, reference(prompt[None]).logits[0], atol=1e-2)
+
+
+def test_a_missing_tensor_is_named(copy_of: Callable[[str], Path]) -> None:
+    directory = copy_of("mixtral")
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj\.weight"):
+        load(directory)
+
+
+def test_a_mis_shaped_tensor_is_refused(copy_of: Callable[[str], Path]) -> None:
+    directory = copy_of("mixtral")
+    edit_config(directory, hidden_size=128)
+    with pytest.raises(CheckpointError, match="do not fit"):
+        load(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "wonder_moe"}, "wonder_moe"),
+        ({"model_type": None}, "model_type None"),
+        ({"model_type": "clip"}, "clip"),
+        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"layer_types": ["linear_attention", "full_attention", "full_attention"]}, "linear_attention"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(changes: dict[str, Any], words: str, copy_of: Callable[[str], Path]) -> None:
+    directory = copy_of("mixtral")
+    edit_config(directory, **changes)
+    with pytest.raises(CheckpointError, match=words):
+        load(directory)
+
+
+def test_code_in_a_checkpoint_is_not_run(copy_of: Callable[[str], Path]) -> None:
+    directory = copy_of("kimi_k2")
+    (directory / "modeling_deepseek.py").write_text("raise SystemExit")
+    edit_config(directory, auto_map={"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"})
+    assert type(load(directory).model).__module__.startswith("transformers.")
+
+
+def test_end_tokens_come_from_the_generation_config(copy_of: Callable[[str], Path]) -> None:
+    directory = copy_of("mixtral")
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    assert load(directory).eos_token_ids == {1, 2}
+    (directory / "generation_config.json").unlink()
+    assert load(directory).eos_token_ids == {257}

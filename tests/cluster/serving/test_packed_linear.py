@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cluster.serving.packed_linear import PackedLinear, pack_linears
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 16, 130])
+@torch.inference_mode()
+def test_equals_linear(bias: bool, rows: int) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 70, bias=bias)
+    hidden = torch.randn(1, rows, 48)
+    expected = nn.functional.linear(hidden.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    torch.testing.assert_close(PackedLinear(linear)(hidden).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_packs_all_but_what_is_kept() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4).bfloat16())
+    kept = model[0]
+    pack_linears(model, keep=frozenset({kept}))
+    assert model[0] is kept
+    assert isinstance(model[1][0], PackedLinear)
+    assert isinstance(model[2], nn.Linear)
