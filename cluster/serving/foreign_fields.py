@@ -40,6 +40,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1, 1.0),
     "repetition_penalty": (1, 1.0),
     "spaces_between_special_tokens": (True,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "structured_outputs": (),
