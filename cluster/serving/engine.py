@@ -254,6 +254,8 @@ class Engine:
         logits_rows: list[int] = []
         sampled: list[RunningSequence] = []
         for sequence, chunk in ordered:
+            if sequence.queued_s is None:
+                sequence.queued_s = time.monotonic() - sequence.submitted
             begin, end = chunk.slot.length, chunk.slot.length + chunk.num_tokens
             tokens += sequence.tokens[begin:end]
             positions += range(begin, end)
@@ -282,7 +284,7 @@ class Engine:
         self._generation_tokens += len(token_ids)
         for sequence, token_id, logprob in zip(sequences, token_ids, logprobs, strict=True):
             reason = sequence.append(token_id)
-            event = TokenEvent(token_id=token_id, logprob=logprob, finish_reason=reason)
+            event = TokenEvent(token_id=token_id, logprob=logprob, finish_reason=reason, queued_s=sequence.queued_s)
             if reason is None:
                 self._tell(sequence, event)
             else:

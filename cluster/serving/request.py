@@ -47,7 +47,7 @@ class TokenEvent:
 
     token_id:      the token, None where the sequence ended without one (abort, error)
     finish_reason: None while it goes on
-    queued_s:      on a sequence's first event, the seconds that it waited before its first step
+    queued_s:      seconds that the sequence waited before its first step
     error:         message and HTTP status where finish_reason is "error"
     """
 

@@ -15,6 +15,7 @@ class RunningSequence:
 
     tokens: prompt, then what was generated
     slot:   None while it waits (again)
+    queued_s: from submission to the first step; None before it
     """
 
     __slots__ = (
@@ -24,6 +25,7 @@ class RunningSequence:
         "num_prompt",
         "on_event",
         "params",
+        "queued_s",
         "sampler",
         "slot",
         "submitted",
@@ -48,6 +50,7 @@ class RunningSequence:
         self.max_len = min(self.num_prompt + params.max_tokens, max_model_len)
         self.slot: Slot | None = None
         self.submitted = time.monotonic()
+        self.queued_s: float | None = None
         self._eos_ids = frozenset() if params.ignore_eos else eos_token_ids
         self.sampler = SamplerState(params, eos_token_ids | params.stop_token_ids)
 

@@ -102,6 +102,19 @@ def test_a_seed_repeats_every_sample(start: Callable[..., Any]) -> None:
     assert len(set(texts[0])) == 3
 
 
+def test_metrics_know_the_queue(start: Callable[..., Any]) -> None:
+    body = {"model": MODEL, "prompt": "x", "n": 3, "max_tokens": 4, "ignore_eos": True}
+    with start(max_num_seqs=1, max_num_batched_tokens=16) as (engine, url):
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+        shown = dict(line.rsplit(" ", 1) for line in httpx.get(f"{url}/metrics").text.splitlines() if line[0] != "#")
+    name = 'vllm:{}_seconds_{}{{model_name="tiny"}}'
+    assert float(shown[name.format("request_queue_time", "count")]) == 3
+    queued = float(shown[name.format("request_queue_time", "sum")])
+    assert 0 < queued < float(shown[name.format("time_to_first_token", "sum")])
+    assert float(shown[name.format("inter_token_latency", "count")]) == 9
+    assert float(shown['vllm:generation_tokens_total{model_name="tiny"}']) == engine.stats().generation_tokens == 12
+
+
 def test_clients_that_leave_free_the_engine(start: Callable[..., Any]) -> None:
     endless = {"model": MODEL, "prompt": "x", "n": 2, "max_tokens": 2000, "ignore_eos": True}
 
