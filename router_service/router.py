@@ -76,7 +76,8 @@ class Router:
     def route(self, layer: int, hidden_TH: torch.Tensor, *, timeout_s: float | None = None) -> Pending:
         """Gate `hidden_TH` and send its tokens to their experts.
 
-        timeout_s: bound of the whole call, the experts' work included. Raises RequestError for a layer without a gate, GroupUnavailable where no table came in time.
+        timeout_s: bound of the whole call, the experts' work included. Raises RequestError for a layer without a
+        gate, GroupUnavailable where no table came in time.
         """
         gate = self._gates.get(layer)
         if gate is None:
@@ -96,8 +97,8 @@ class Router:
     ) -> Pending:
         """Send tokens to the experts that the caller chose.
 
-        expert_ids_TK: integer, -1 for no expert; weights_TK: float; timeout_s: as in `route`. Raises RequestError naming the argument,
-        GroupUnavailable where no table came in time.
+        expert_ids_TK: integer, -1 for no expert; weights_TK: float; timeout_s: as in `route`. Raises RequestError
+        naming the argument, GroupUnavailable where no table came in time.
         """
         _check_hidden(hidden_TH)
         if (

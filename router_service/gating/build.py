@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 
 from experts.errors import CheckpointError
 from router_service.gating.deepseek_v2 import DeepseekV2Gate
 from router_service.gating.deepseek_v3 import DeepseekV3Gate
+from router_service.gating.deepseek_v4 import DeepseekV4Gate
 from router_service.gating.gate import Gate, GateSpec
+from router_service.gating.glam import GlamGate
+from router_service.gating.grok_1 import Grok1Gate
+from router_service.gating.gshard import GShardGate
 from router_service.gating.mixtral import MixtralGate
 from router_service.gating.qwen3_moe import Qwen3MoeGate
+from router_service.gating.shazeer import ShazeerGate
+from router_service.gating.switch import SwitchGate
+
+_GATES: Mapping[str, Callable[[GateSpec, torch.Tensor], Gate]] = {
+    "shazeer": ShazeerGate,
+    "gshard": GShardGate,
+    "switch": SwitchGate,
+    "glam": GlamGate,
+    "mixtral": MixtralGate,
+    "grok_1": Grok1Gate,
+    "qwen3_moe": Qwen3MoeGate,
+    "deepseek_v2": DeepseekV2Gate,
+}
+_BIASED_GATES: Mapping[str, Callable[[GateSpec, torch.Tensor], Gate]] = {
+    "deepseek_v3": DeepseekV3Gate,
+    "deepseek_v4": DeepseekV4Gate,
+}
 
 
 def build_gate(spec: GateSpec, weight_EH: torch.Tensor, bias_E: torch.Tensor | None) -> Gate:
@@ -30,16 +53,10 @@ def build_gate(spec: GateSpec, weight_EH: torch.Tensor, bias_E: torch.Tensor | N
             "config.json that "
             "belongs to this checkpoint"
         )
-    match spec.system:
-        case "mixtral":
-            return MixtralGate(spec, weight_EH)
-        case "qwen3_moe":
-            return Qwen3MoeGate(spec, weight_EH)
-        case "deepseek_v2":
-            return DeepseekV2Gate(spec, weight_EH)
-        case "deepseek_v3":
-            if bias_E is None:
-                raise CheckpointError(
-                    "the gate has no e_score_correction_bias; DeepSeek-V3 and Kimi K2 checkpoints carry one per layer"
-                )
-            return DeepseekV3Gate(spec, weight_EH, bias_E)
+    if spec.system not in _BIASED_GATES:
+        return _GATES[spec.system](spec, weight_EH)
+    if bias_E is None:
+        raise CheckpointError(
+            f"the gate of {spec.system} has no e_score_correction_bias; its checkpoints carry one per layer"
+        )
+    return _BIASED_GATES[spec.system](spec, weight_EH, bias_E)

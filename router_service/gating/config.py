@@ -57,6 +57,18 @@ def _mixtral(config: Mapping[str, Any]) -> GateSpec:
     )
 
 
+def _grok_1(config: Mapping[str, Any]) -> GateSpec:
+    return GateSpec(
+        system="grok_1",
+        num_experts=_need(config, "num_experts"),
+        num_experts_per_tok=_need(config, "num_selected_experts", "num_experts_per_tok"),
+    )
+
+
+def _switch(config: Mapping[str, Any]) -> GateSpec:
+    return GateSpec(system="switch", num_experts=_need(config, "num_experts"), num_experts_per_tok=1)
+
+
 def _qwen3_moe(config: Mapping[str, Any]) -> GateSpec:
     return GateSpec(
         system="qwen3_moe",
@@ -109,4 +121,6 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], GateSpec]] = {
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
     "kimi_k2": _deepseek_v3,
+    "grok-1": _grok_1,
+    "switch_transformers": _switch,
 }

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from router_service.gating.choice import choose
 from router_service.gating.expert_groups import keep_best_groups
-from router_service.gating.gate import GateOutput, GateSpec
+from router_service.gating.gate import ChoiceLimit, GateOutput, GateSpec
 from router_service.gating.logits import gate_logits
 
 
@@ -21,11 +22,11 @@ class DeepseekV2Gate:
         self._spec = spec
         self._weight_EH = weight_EH.float()
 
-    def __call__(self, hidden_TH: torch.Tensor) -> GateOutput:
+    def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
         spec = self._spec
         scores_TE = gate_logits(hidden_TH, self._weight_EH).softmax(dim=-1)
         if spec.n_group is not None and spec.topk_group is not None:
             group_scores_TG = scores_TE.view(len(scores_TE), spec.n_group, -1).amax(dim=-1)
             scores_TE = keep_best_groups(scores_TE, group_scores_TG, spec.topk_group, 0.0)
-        weights_TK, expert_ids_TK = scores_TE.topk(spec.num_experts_per_tok, dim=-1, sorted=False)
-        return GateOutput(expert_ids_TK, weights_TK * spec.routed_scaling_factor)
+        chosen = choose(scores_TE, scores_TE, spec.num_experts_per_tok, limit)
+        return chosen._replace(weights_TK=chosen.weights_TK * spec.routed_scaling_factor)

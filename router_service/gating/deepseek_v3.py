@@ -1,16 +1,16 @@
 """DeepSeek-V3, R1 and Kimi K2 (`noaux_tc`): sigmoid scores, a bias that steers the choice and not the weight.
 
-Source: DeepSeek-AI 2024, "DeepSeek-V3 Technical Report" (arXiv 2412.19437), equations 13 to 16 and section
-2.1.2; a group's score is the sum of its two best biased experts. Kimi K2 (arXiv 2507.20534) is the same
-with one group.
+Source: DeepSeek-AI 2024, "DeepSeek-V3 Technical Report" (arXiv 2412.19437), equations 13 to 16 and section 2.1.2; a
+group's score is the sum of its two best biased experts. Kimi K2 (arXiv 2507.20534) is the same with one group.
 """
 
 from __future__ import annotations
 
 import torch
 
+from router_service.gating.choice import choose
 from router_service.gating.expert_groups import keep_best_groups
-from router_service.gating.gate import GateOutput, GateSpec
+from router_service.gating.gate import ChoiceLimit, GateOutput, GateSpec
 from router_service.gating.logits import gate_logits
 
 
@@ -22,15 +22,14 @@ class DeepseekV3Gate:
         self._weight_EH = weight_EH.float()
         self._bias_E = bias_E.float()
 
-    def __call__(self, hidden_TH: torch.Tensor) -> GateOutput:
+    def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
         spec = self._spec
         scores_TE = gate_logits(hidden_TH, self._weight_EH).sigmoid()
         choice_TE = scores_TE + self._bias_E
         if spec.n_group is not None and spec.topk_group is not None and spec.n_group > 1:
             group_scores_TG = choice_TE.view(len(choice_TE), spec.n_group, -1).topk(2, dim=-1).values.sum(dim=-1)
             choice_TE = keep_best_groups(choice_TE, group_scores_TG, spec.topk_group, float("-inf"))
-        expert_ids_TK = choice_TE.topk(spec.num_experts_per_tok, dim=-1, sorted=False).indices
-        weights_TK = scores_TE.gather(1, expert_ids_TK)
+        expert_ids_TK, weights_TK = choose(choice_TE, scores_TE, spec.num_experts_per_tok, limit)
         if spec.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
         return GateOutput(expert_ids_TK, weights_TK * spec.routed_scaling_factor)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 System = Literal[
+    "shazeer",
+    "gshard",
+    "switch",
+    "glam",
     "mixtral",
+    "grok_1",
     "qwen3_moe",
     "deepseek_v2",
     "deepseek_v3",
+    "deepseek_v4",
 ]
+
+ChoiceLimit = Callable[[torch.Tensor], torch.Tensor]
+"""choice_TE (float32, what the gate takes the top K of) -> the same with -inf at experts that a token may not use."""
 
 
 class GateOutput(NamedTuple):
@@ -25,11 +35,12 @@ class GateOutput(NamedTuple):
 class Gate(Protocol):
     """`hidden_TH` in any float dtype -> GateOutput on the same device. Computes in float32.
 
-    Ties go to whichever expert `torch.topk` returns. A token with NaN scores still gets K distinct
-    experts; its weights are NaN, so the damage shows in its own output row and in no other.
+    limit: sees and may narrow what the choice is made from, after the gate's own limits; weights stay those of the
+           scores. Ties go to whichever expert `torch.topk` returns. A token with NaN scores still gets K distinct
+           experts; its weights are NaN, so the damage shows in its own output row and in no other.
     """
 
-    def __call__(self, hidden_TH: torch.Tensor) -> GateOutput: ...
+    def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,15 +1,15 @@
 """Mixtral 8x7B and 8x22B: softmax over the chosen K logits.
 
-Source: Jiang et al. 2024, "Mixtral of Experts" (arXiv 2401.04088), section 2.1: softmax(TopK(x W_g)).
-Renormalising the top K of a softmax over all experts is the same function, and is how transformers'
-MixtralTopKRouter computes it.
+Source: Jiang et al. 2024, "Mixtral of Experts" (arXiv 2401.04088), section 2.1: softmax(TopK(x W_g)). Renormalising the
+top K of a softmax over all experts is the same function, and is how transformers' MixtralTopKRouter computes it.
 """
 
 from __future__ import annotations
 
 import torch
 
-from router_service.gating.gate import GateOutput, GateSpec
+from router_service.gating.choice import choose, normalised
+from router_service.gating.gate import ChoiceLimit, GateOutput, GateSpec
 from router_service.gating.logits import gate_logits
 
 
@@ -20,7 +20,7 @@ class MixtralGate:
         self._top_k = spec.num_experts_per_tok
         self._weight_EH = weight_EH.float()
 
-    def __call__(self, hidden_TH: torch.Tensor) -> GateOutput:
+    def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
         scores_TE = gate_logits(hidden_TH, self._weight_EH).softmax(dim=-1)
-        weights_TK, expert_ids_TK = scores_TE.topk(self._top_k, dim=-1)
-        return GateOutput(expert_ids_TK, weights_TK / weights_TK.sum(dim=-1, keepdim=True))
+        chosen = choose(scores_TE, scores_TE, self._top_k, limit)
+        return chosen._replace(weights_TK=normalised(chosen.weights_TK))

@@ -1,14 +1,14 @@
 """Qwen3-MoE: top K of a softmax over all experts, renormalised where `norm_topk_prob` says so.
 
-Source: Qwen Team 2025, "Qwen3 Technical Report" (arXiv 2505.09388), section 2; transformers'
-Qwen3MoeTopKRouter.
+Source: Qwen Team 2025, "Qwen3 Technical Report" (arXiv 2505.09388), section 2; transformers' Qwen3MoeTopKRouter.
 """
 
 from __future__ import annotations
 
 import torch
 
-from router_service.gating.gate import GateOutput, GateSpec
+from router_service.gating.choice import choose, normalised
+from router_service.gating.gate import ChoiceLimit, GateOutput, GateSpec
 from router_service.gating.logits import gate_logits
 
 
@@ -20,9 +20,7 @@ class Qwen3MoeGate:
         self._norm_topk_prob = spec.norm_topk_prob
         self._weight_EH = weight_EH.float()
 
-    def __call__(self, hidden_TH: torch.Tensor) -> GateOutput:
+    def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
         scores_TE = gate_logits(hidden_TH, self._weight_EH).softmax(dim=-1)
-        weights_TK, expert_ids_TK = scores_TE.topk(self._top_k, dim=-1)
-        if self._norm_topk_prob:
-            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        return GateOutput(expert_ids_TK, weights_TK)
+        chosen = choose(scores_TE, scores_TE, self._top_k, limit)
+        return chosen._replace(weights_TK=normalised(chosen.weights_TK)) if self._norm_topk_prob else chosen

@@ -84,7 +84,7 @@ def _sum(_actor: object, num_tokens: int, tokens: list[IntArray | None], *outcom
             return outcome
         if combiner is None:
             combiner = Combiner(num_tokens, outcome.shape[1], torch.device("cpu"))
-        combiner.add(tokens_T, _tensor(outcome))
+        combiner.add(None if tokens_T is None else tokens_T.copy(), _tensor(outcome))
     assert combiner is not None, "a node's call has shares"
     return combiner.result(torch.float32).numpy()
 

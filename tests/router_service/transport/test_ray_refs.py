@@ -100,6 +100,6 @@ def test_a_node_of_actors_answers_with_one_sum():
         expected = 2 * hidden_TH
         expected[tokens_T] += 2 * hidden_TH[tokens_T]
         assert torch.equal(transport.send_node(replicas, call).result(20), expected)
-    refused = NodeCall(layer=5, hidden_TH=torch.ones(3, 64), shares=shares)
+    refused = NodeCall(layer=5, hidden_TH=hidden_TH, shares=shares)
     with pytest.raises(ExpertNotResident, match="layer 5"):
         transport.send_node(replicas, refused).result(20)

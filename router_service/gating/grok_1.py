@@ -1,0 +1,24 @@
+"""Grok-1: softmax over all experts, then the top 2, not renormalised.
+
+Source: github.com/xai-org/grok-1, model.py, class Router.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from router_service.gating.choice import choose
+from router_service.gating.gate import ChoiceLimit, GateOutput, GateSpec
+from router_service.gating.logits import gate_logits
+
+
+class Grok1Gate:
+    """weight_EH: the gate's linear layer."""
+
+    def __init__(self, spec: GateSpec, weight_EH: torch.Tensor) -> None:
+        self._top_k = spec.num_experts_per_tok
+        self._weight_EH = weight_EH.float()
+
+    def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
+        scores_TE = gate_logits(hidden_TH, self._weight_EH).softmax(dim=-1)
+        return choose(scores_TE, scores_TE, self._top_k, limit)
