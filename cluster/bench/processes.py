@@ -1,0 +1,88 @@
+"""Child processes of a benchmark that leave nothing behind, whatever ends the benchmark."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+STOP_TIMEOUT_S = 30.0
+
+
+def descendants(pid: int) -> list[tuple[int, str]]:
+    """(pid, start time) of every process below `pid`, from /proc; empty where there is no /proc."""
+    children: dict[int, list[tuple[int, str]]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # The command name may hold spaces and parentheses: fields count from the last ")".
+            fields = entry.read_text().rpartition(")")[2].split()
+            children.setdefault(int(fields[1]), []).append((int(entry.parent.name), fields[19]))
+    found: list[tuple[int, str]] = []
+    frontier = [pid]
+    while frontier:
+        below = children.get(frontier.pop(), [])
+        found += below
+        frontier += [child for child, _ in below]
+    return found
+
+
+def _is_same(pid: int, start_time: str) -> bool:
+    """Whether `pid` is still the process that started at `start_time`, and not a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return fields[0] != "Z" and fields[19] == start_time
+
+
+def stop_tree(process: subprocess.Popen[str], timeout_s: float = STOP_TIMEOUT_S) -> None:
+    """SIGTERM to `process`; after it ended or `timeout_s` passed, SIGKILL to all that it started and left."""
+    below = descendants(process.pid)
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout_s)
+    for pid, start_time in below:
+        if _is_same(pid, start_time):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def child_process(
+    argv: Sequence[str], *, env: Mapping[str, str], log: Path, stdin: str | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """Runs `argv` with stdout and stderr in `log`; on leaving, stops it and everything below it.
+
+    The child has a session of its own, so that a Ctrl-C in the terminal reaches only the benchmark, which
+    then stops its children in order.
+    """
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            list(argv),
+            env=dict(env),
+            stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    try:
+        if stdin is not None:
+            assert process.stdin is not None
+            process.stdin.write(stdin)
+            process.stdin.close()
+        yield process
+    finally:
+        stop_tree(process)
+
+
+def log_tail(log: Path, lines: int = 15) -> str:
+    """The end of a child's log, for an error message."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
