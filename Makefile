@@ -39,7 +39,7 @@ bench: $(READY) ## serving benchmark: this server and the installed peers, same 
 	@$(BIN)/expertmesh bench serve $(BENCH_ARGS)
 
 demo-model: $(READY) ## train deploy/demo-model again (about 40 minutes on 2 cores)
-	@$(BIN)/python deploy/demo-model/train.py
+	@$(BIN)/python deploy/demo-model/training/train.py
 
 clean: ## remove what the other targets made
 	@rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -102,9 +102,7 @@ def preset_checkpoint(name: str, cache: Path | None = None) -> Path:
     Raises ConfigError for a preset that does not exist.
     """
     if name not in PRESETS:
-        raise ConfigError(
-            f"checkpoint {name!r} is neither a directory nor a preset; presets: {', '.join(PRESETS)}"
-        )
+        raise ConfigError(f"checkpoint {name!r} is neither a directory nor a preset; presets: {', '.join(PRESETS)}")
     root = cache or Path(tempfile.gettempdir()) / f"expertmesh-bench-{os.getuid()}"
     directory = root / name
     if (directory / "config.json").exists():

@@ -87,9 +87,7 @@ async def send_load(
         return list(await asyncio.gather(*(one(prompt) for prompt in prompts)))
 
 
-async def _stream(
-    client: httpx.AsyncClient, model: str, prompt: Sequence[int], max_tokens: int
-) -> RequestTiming:
+async def _stream(client: httpx.AsyncClient, model: str, prompt: Sequence[int], max_tokens: int) -> RequestTiming:
     body = {
         "model": model,
         "prompt": list(prompt),
@@ -117,7 +115,5 @@ async def _stream(
             if event.get("usage"):
                 num_tokens = event["usage"]["completion_tokens"]
     if num_tokens != max_tokens or not token_times:
-        raise MeshError(
-            f"{client.base_url} made {num_tokens} tokens where {max_tokens} were asked with ignore_eos"
-        )
+        raise MeshError(f"{client.base_url} made {num_tokens} tokens where {max_tokens} were asked with ignore_eos")
     return RequestTiming(sent=sent, token_times=tuple(token_times), num_tokens=num_tokens)

@@ -56,7 +56,8 @@ def check_name(name: str) -> str:
     if name in PEERS or OURS.fullmatch(name):
         return name
     raise ConfigError(
-        f"unknown server {name!r}: expertmesh-<in_process|grpc|ray>[-<fp8|int8|int4|fp16>], or one of {', '.join(PEERS)}"
+        f"unknown server {name!r}: expertmesh-<in_process|grpc|ray>[-<fp8|int8|int4|fp16>], "
+        f"or one of {', '.join(PEERS)}"
     )
 
 

@@ -1,6 +1,7 @@
 """transformers as a peer of the serving benchmark, in a process of its own.
 
-    echo '{"waves": [[[5, 6, 7]]], "max_tokens": 8}' | python -m cluster.bench.transformers_peer DIRECTORY generate RESULT
+    echo '{"waves": [[[5, 6, 7]]], "max_tokens": 8, "dtype": "float32"}' |
+    python -m cluster.bench.transformers_peer DIRECTORY generate RESULT
 
 Each wave is a batch of prompts (token ids) started together. RESULT becomes a JSON list with, per wave, a list
 of {"sent", "token_times"}, seconds of one clock.

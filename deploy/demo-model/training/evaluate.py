@@ -24,9 +24,7 @@ class LoadCounter:
 
     def __init__(self, model: nn.Module) -> None:
         self.gates: dict[str, Any] = {
-            name: module
-            for name, module in model.named_modules()
-            if hasattr(module, "e_score_correction_bias")
+            name: module for name, module in model.named_modules() if hasattr(module, "e_score_correction_bias")
         }
         self.loads: dict[str, Tensor] = {}
         self._handles: list[Any] = []
@@ -76,6 +74,4 @@ def evaluate(
                 logits = model(input_ids=chunk[None, :-1], use_cache=False).logits[0].float()
                 nats += float(nn.functional.cross_entropy(logits, chunk[1:], reduction="sum"))
         balances = [float(load.mean() / load.max()) for load in counter.take().values()]
-    return Evaluation(
-        bits_per_byte=nats / math.log(2) / num_bytes, balancedness=sum(balances) / len(balances)
-    )
+    return Evaluation(bits_per_byte=nats / math.log(2) / num_bytes, balancedness=sum(balances) / len(balances))

@@ -26,9 +26,7 @@ class _Permute(torch.autograd.Function):
         return gradient.index_select(0, inverse), None, None
 
 
-def sorted_experts_forward(
-    module: Any, hidden_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor
-) -> Tensor:
+def sorted_experts_forward(module: Any, hidden_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Weighted sum of each token's K gated experts, [T, H] in hidden's dtype."""
     num_tokens, top_k = expert_ids_TK.shape
     order_R = expert_ids_TK.flatten().argsort(stable=True)
@@ -42,6 +40,4 @@ def sorted_experts_forward(
         gate, up = nn.functional.linear(rows, module.gate_up_proj[expert]).chunk(2, dim=-1)
         outputs.append(nn.functional.linear(nn.functional.silu(gate) * up, module.down_proj[expert]))
     routed_RH = _Permute.apply(torch.cat(outputs), inverse_R, order_R)
-    return torch.bmm(
-        weights_TK.to(hidden_TH.dtype).unsqueeze(1), routed_RH.view(num_tokens, top_k, -1)
-    ).squeeze(1)
+    return torch.bmm(weights_TK.to(hidden_TH.dtype).unsqueeze(1), routed_RH.view(num_tokens, top_k, -1)).squeeze(1)

@@ -224,9 +224,7 @@ def main() -> None:
         f"{len(corpus.held_out)} held-out files",
         flush=True,
     )
-    tokenizer = train_tokenizer(
-        corpus.documents, vocab_size=arguments.vocab_size, max_length=arguments.context
-    )
+    tokenizer = train_tokenizer(corpus.documents, vocab_size=arguments.vocab_size, max_length=arguments.context)
     train(arguments, build_model(arguments, tokenizer), tokenizer, corpus, started)
     report(arguments, tokenizer, corpus)
     print(f"took {(time.monotonic() - started) / 60:.1f} minutes; written to {arguments.output}")
