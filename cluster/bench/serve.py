@@ -161,7 +161,7 @@ def _waves(bench: ServeBench, vocab_size: int, *, seed: int) -> list[tuple[int, 
 
     At low concurrency four requests follow each other, so that one slow one does not make the figure.
     """
-    waves = []
+    waves: list[tuple[int, list[list[int]]]] = []
     for streams in bench.streams:
         for count in (streams, max(streams, 4)):
             prompt_seed = seed * 1000 + len(waves)
