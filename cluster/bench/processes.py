@@ -6,10 +6,12 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 STOP_TIMEOUT_S = 30.0
+KILL_TIMEOUT_S = 5.0
 
 
 def descendants(pid: int) -> list[tuple[int, str]]:
@@ -45,13 +47,17 @@ def stop_tree(process: subprocess.Popen[str], timeout_s: float = STOP_TIMEOUT_S)
         process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout_s)
-    for pid, start_time in below:
-        if _is_same(pid, start_time):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    left = [entry for entry in below if _is_same(*entry)]
+    for pid, _ in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     if process.poll() is None:
         process.kill()
         process.wait()
+    # They are not our children, so the kernel lets us watch them go but not wait for them.
+    deadline = time.monotonic() + KILL_TIMEOUT_S
+    while any(_is_same(*entry) for entry in left) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager
