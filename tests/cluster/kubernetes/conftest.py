@@ -28,6 +28,7 @@ NAMESPACED = {
     "rbac.authorization.k8s.io/v1": {"Role", "RoleBinding"},
     "policy/v1": {"PodDisruptionBudget"},
     "networking.k8s.io/v1": {"NetworkPolicy"},
+    "monitoring.coreos.com/v1": {"ServiceMonitor"},
     "ray.io/v1": {"RayService", "RayCluster"},
 }
 CLUSTER_WIDE = {"v1": {"Namespace", "Node"}, "rbac.authorization.k8s.io/v1": {"ClusterRole", "ClusterRoleBinding"}}
@@ -191,13 +192,15 @@ class FakeApiServer:
             if verb == "create":
                 return self.create(key, json.loads(body), query)
             if verb == "delete":
-                self.objects.pop(key, None)
-                return {"kind": "Status", "status": "Success"}
+                gone = self.get(key)
+                del self.objects[key]
+                return gone
             if verb == "patch":
                 return self.patch(key, content_type, body, query, status=bool(match["status"]))
             return self.get(key)
 
     def discovery(self, path: str) -> Any:
+        path = path.rstrip("/")
         if path == "/version":
             return {"major": "1", "minor": "36", "gitVersion": "v1.36.0"}
         if path == "/api":
