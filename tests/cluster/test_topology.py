@@ -1,4 +1,5 @@
 import logging
+import tempfile
 
 import pytest
 import ray
@@ -52,10 +53,15 @@ def test_kubernetes_that_refuses_is_one_line_in_the_log(caplog):
 
 
 @pytest.mark.ray
-def test_what_ray_reports_can_be_read(tmp_path):
+def test_what_ray_reports_can_be_read():
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        check_what_ray_reports(directory)
+
+
+def check_what_ray_reports(directory):
     ray.init(
         num_cpus=1,
-        _temp_dir=f"/tmp/{tmp_path.name[-20:]}",
+        _temp_dir=directory,
         include_dashboard=False,
         labels={"expertmesh.io/rack": "r1", "expertmesh.io/node": "m1"},
         log_to_driver=False,

@@ -12,9 +12,7 @@ def policy(**kwargs):
 
 def test_what_serve_can_follow_is_accepted():
     check_autoscaling({}, "autoscaling.engine")
-    check_autoscaling(
-        {"min_replicas": 1, "max_replicas": 4, **policy(target_queue_depth=8)}, "here", from_zero=False
-    )
+    check_autoscaling({"min_replicas": 1, "max_replicas": 4, **policy(target_queue_depth=8)}, "here", from_zero=False)
 
 
 @pytest.mark.parametrize(

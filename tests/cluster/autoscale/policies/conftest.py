@@ -31,9 +31,7 @@ class FakeServe:
         replicas = [f"replica-{index}" for index in range(running)]
         metrics: dict[str, Mapping[str, float]] = {}
         for name, value in stats.items():
-            values = (
-                value if isinstance(value, list) else [value / max(1, running - silent)] * (running - silent)
-            )
+            values = value if isinstance(value, list) else [value / max(1, running - silent)] * (running - silent)
             metrics[name] = dict(zip(replicas, values, strict=False))
         context = AutoscalingContext(
             deployment_id=None,

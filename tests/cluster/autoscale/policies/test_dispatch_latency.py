@@ -24,9 +24,7 @@ def test_latency_measured_while_replicas_start_moves_nothing(fake_serve):
     assert serve.tick(100, running=2, p95_dispatch_ms=[500.0, 500.0]) == 4
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{"slo_ms": 0}, {"slo_ms": 5, "shrink_below": 1}, {"slo_ms": 5, "max_growth": 1}]
-)
+@pytest.mark.parametrize("kwargs", [{"slo_ms": 0}, {"slo_ms": 5, "shrink_below": 1}, {"slo_ms": 5, "max_growth": 1}])
 def test_impossible_kwargs_are_refused(kwargs):
     with pytest.raises(ConfigError, match="policy DispatchLatency"):
         DispatchLatency(**kwargs)

@@ -75,9 +75,7 @@ KWARGS = {
 
 @pytest.mark.parametrize("name", sorted(set(policies.__all__) - {"Policy"}))
 def test_serve_carries_every_policy_by_name_through_its_pickle(name, fake_serve):
-    config = AutoscalingPolicy(
-        policy_function=f"cluster.autoscale.policies:{name}", policy_kwargs=KWARGS[name]
-    )
+    config = AutoscalingPolicy(policy_function=f"cluster.autoscale.policies:{name}", policy_kwargs=KWARGS[name])
     policy = _resolve_policy_callable(
         AutoscalingPolicy.from_serialized_policy_def(config.model_dump(), config.get_serialized_policy_def())
     )
