@@ -61,10 +61,8 @@ class SlotFormat:
 
     def write(self, room: Mapping[str, torch.Tensor], weights: ExpertWeights) -> None:
         """Fill a slot's parts (`SlotStorage.place`) with one expert, quantising on the room's device."""
-        device = room["up"].device
-        up = [self._matrix(w.to(device), s) for w, s in _halves(weights.up_2IH, weights.up_scale, self._spec, device)]
-        down_scale = None if weights.down_scale is None else weights.down_scale.to(device)
-        down = self._matrix(weights.down_HI.to(device), down_scale)
+        up = [self._matrix(*half, room["up"]) for half in _halves(weights.up_2IH, weights.up_scale, self._spec)]
+        down = self._matrix(weights.down_HI, weights.down_scale, room["down"])
         room["up"].copy_(_interleave([matrix.codes for matrix in up]))
         room["down"].copy_(down.codes)
         if "down_scale" in room:
@@ -79,32 +77,27 @@ class SlotFormat:
             room["up_bias"].copy_(_interleave(list(weights.up_bias_2I.chunk(len(up)))))
             room["down_bias"].copy_(weights.down_bias_H)
 
-    def _matrix(self, weight_NK: torch.Tensor, scale: torch.Tensor | None) -> QuantisedWeight:
+    def _matrix(self, weight_NK: torch.Tensor, scale: torch.Tensor | None, room: torch.Tensor) -> QuantisedWeight:
         """Codes and scales of one matrix; a checkpoint's fp8 blocks are kept by `fp8_block`, else widened first."""
+        weight_NK = weight_NK.to(room.device)
         if scale is None:
             return self.scheme.quantise(weight_NK)
-        held = QuantisedWeight(pad_columns(weight_NK), scale.float())
+        held = QuantisedWeight(pad_columns(weight_NK), scale.to(room.device).float())
         if isinstance(self.scheme, Fp8Block):
             return held
         return self.scheme.quantise(Fp8Block().dequantise(held, weight_NK.shape[1]))
 
 
 def _halves(
-    weight: torch.Tensor, scale: torch.Tensor | None, spec: ExpertSpec, device: torch.device
+    weight: torch.Tensor, scale: torch.Tensor | None, spec: ExpertSpec
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """Gate and up with their block scales, or the one matrix of an expert without gate."""
-    if scale is not None:
-        scale = scale.to(device)
     if not spec.gated:
         return [(weight, scale)]
     gate, up = weight.chunk(2)
     if scale is None:
         return [(gate, None), (up, None)]
-    if spec.intermediate_size % GROUP:
-        # The blocks of [2I, H] straddle gate and up: widen, so that each half is quantised in blocks of its own.
-        weight = Fp8Block().dequantise(QuantisedWeight(pad_columns(weight.to(device)), scale.float()), weight.shape[1])
-        gate, up = weight.chunk(2)
-        return [(gate, None), (up, None)]
+    assert spec.intermediate_size % GROUP == 0, "a block of scales straddles gate and up"
     gate_scale, up_scale = scale.chunk(2)
     return [(gate, gate_scale), (up, up_scale)]
 
@@ -113,4 +106,6 @@ def _interleave(halves: list[torch.Tensor]) -> torch.Tensor:
     """gate0, up0, gate1, up1, ... by rows: a tile of the up projection then holds both, in neighbouring columns."""
     if len(halves) == 1:
         return halves[0]
+    if halves[0].dtype == torch.float8_e4m3fn:  # not every torch stacks fp8
+        return torch.stack([half.view(torch.uint8) for half in halves], dim=1).flatten(0, 1).view(halves[0].dtype)
     return torch.stack(halves, dim=1).flatten(0, 1)

@@ -13,8 +13,10 @@ from experts.ops._triton.grouped_matmul import grouped_matmul
 from experts.ops._triton.tiles import tile_table
 from experts.ops.decode_graph import DecodeGraph
 from experts.ops.known_cards import ROW_BUCKETS
+from experts.ops.projection import Projection
 from experts.ops.slot_format import SlotFormat
 from experts.ops.slots import SlotStorage
+from experts.ops.tile_config import TileConfig
 from experts.ops.tuning import Tuning
 from experts.quant.scheme import Scheme
 from experts.quant.schemes import build_scheme
@@ -108,25 +110,41 @@ class TritonBackend:
         weights_R: torch.Tensor,
     ) -> torch.Tensor:
         """`forward` of contiguous tensors that are on the card, hidden_TH in dtype: launches alone, no host sync."""
-        num_rows, num_groups = token_rows_R.numel(), slots_S.numel()
-        rows_per_expert = -(-num_rows // num_groups)
-        scheme, weight_dtype = self._format.scheme.name, self._format.scheme.codes_dtype
+        rows_per_expert = -(-token_rows_R.numel() // slots_S.numel())
         tables: dict[int, torch.Tensor] = {}
         x = hidden_TH
-        for projection in (self._format.up, self._format.down):
+        for projection in self.projections:
             config = self.tuning.choose(projection, rows_per_expert)
             if config.rows not in tables:
-                tables[config.rows] = tile_table(
-                    slots_S, offsets_S1, self._storage.addresses, num_rows=num_rows, block_rows=config.rows
-                )
-            # TMA reads rows at multiples of 16 bytes: pad them, except in the result, which nothing reads through TMA.
-            stride = (
-                projection.out_columns if projection is self._format.down else -(-projection.out_columns // 16) * 16
-            )
-            out = torch.empty((num_rows, stride), dtype=self._dtype, device=self._device)[:, : projection.out_columns]
-            grouped_matmul(scheme, projection, config, weight_dtype, x, token_rows_R, tables[config.rows], out)
-            x = out
+                tables[config.rows] = self.tiles(slots_S, offsets_S1, token_rows_R.numel(), config)
+            x = self.project(projection, config, x, token_rows_R, tables[config.rows])
         return combine(x, offsets_S1, token_rows_R, weights_R, len(hidden_TH))
+
+    @property
+    def projections(self) -> tuple[Projection, Projection]:
+        """Up and down, once a first expert is loaded."""
+        return self._format.up, self._format.down
+
+    def tiles(self, slots_S: torch.Tensor, offsets_S1: torch.Tensor, num_rows: int, config: TileConfig) -> torch.Tensor:
+        """The tile table of a call (`_triton.tiles`) for `config`."""
+        return tile_table(slots_S, offsets_S1, self._storage.addresses, num_rows=num_rows, block_rows=config.rows)
+
+    def project(
+        self,
+        projection: Projection,
+        config: TileConfig,
+        x: torch.Tensor,
+        token_rows_R: torch.Tensor,
+        tiles: torch.Tensor,
+    ) -> torch.Tensor:
+        """One projection of all rows: x is [T, H] for up and [R, I] for down; [R, I] or [R, H] comes back."""
+        # TMA reads rows at multiples of 16 bytes: pad the up projection's. The result is read by `combine`, as it is.
+        columns = projection.out_columns
+        stride = -(-columns // 16) * 16 if projection is self._format.up else columns
+        out = torch.empty((token_rows_R.numel(), stride), dtype=self._dtype, device=self._device)[:, :columns]
+        scheme = self._format.scheme
+        grouped_matmul(scheme.name, projection, config, scheme.codes_dtype, x, token_rows_R, tiles, out)
+        return out
 
     def warm(self, slot: int) -> None:
         """Compile what calls can need and capture the decode sizes; `slot` holds weights."""
