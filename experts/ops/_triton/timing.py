@@ -27,4 +27,5 @@ def milliseconds(run: Callable[[], object], *, repeats: int = 20) -> float:
         run()
         end.record()
     torch.cuda.synchronize()
-    return sorted(begin.elapsed_time(end) for begin, end in events)[repeats // 2]
+    times: list[float] = sorted(begin.elapsed_time(end) for begin, end in events)
+    return times[repeats // 2]

@@ -24,7 +24,7 @@ def two_candidates(monkeypatch, tmp_path, on_card):
 
 
 def test_the_fastest_is_kept_and_used(device, error, two_candidates, monkeypatch):
-    slow, fast, path = two_candidates
+    _, fast, path = two_candidates
     monkeypatch.setattr(TritonBackend, "warm", lambda self, slot: None)
     generator = torch.Generator().manual_seed(0)
     spec = ExpertSpec(hidden_size=64, intermediate_size=40)
