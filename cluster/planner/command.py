@@ -14,7 +14,6 @@ from cluster.planner.deployment import deployment_numbers
 from cluster.planner.hardware import find_gpu, find_interconnect, gpu_presets, interconnect_presets
 from cluster.planner.kustomize import kustomize_patch
 from cluster.planner.models import find_model, model_presets
-from cluster.planner.picture import draw
 from cluster.planner.plan import Plan, PlanRequest, make_plan
 from cluster.planner.precision import QUANTIZATIONS
 from cluster.planner.refusal import refusal
@@ -77,6 +76,8 @@ def command(
     if not plan.fits:
         raise ConfigError(refusal(plan))
     if picture is not None:
+        from cluster.planner.picture import draw  # matplotlib takes longer to import than a plan to make
+
         draw(plan, picture)
     if as_kustomize:
         patch = kustomize_patch(deployment_numbers(plan), model_source=_source(plan), header=_header(plan))
