@@ -8,7 +8,7 @@ has learned affinities touches fewer nodes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import combinations
 from math import comb
@@ -102,24 +102,3 @@ def _fewest_bound(classes: Counter[tuple[int, ...]], drawn: int, nodes: int) -> 
             needed_anyhow = sum(classes[(node,)] for node in held)
             expected += number * drawn / total * _none_drawn(total - 1, needed_anyhow, drawn - 1)
     return expected
-
-
-def contiguous(num_experts: int, groups_on_node: Sequence[int], num_redundant: int) -> Holders:
-    """The nodes of each expert of a layer under balanced placement: contiguous runs, as many on a node as
-    it has groups; copies of `num_redundant` experts, evenly spaced, lie on the node after their first.
-    """
-    total = sum(groups_on_node)
-    bounds, seen = [], 0
-    for groups in groups_on_node:
-        seen += groups
-        bounds.append(seen * num_experts // total)
-    first, node = [], 0
-    for expert in range(num_experts):
-        while expert >= bounds[node]:
-            node += 1
-        first.append(node)
-    copied = {index * num_experts // num_redundant for index in range(num_redundant)} if num_redundant else set()
-    nodes = len(groups_on_node)
-    return tuple(
-        tuple(sorted({at, (at + 1) % nodes})) if expert in copied else (at,) for expert, at in enumerate(first)
-    )

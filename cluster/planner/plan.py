@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
-from cluster.planner.architecture import Architecture
 from cluster.planner.hardware import Gpu, Interconnect
 from cluster.planner.memory import MemoryPlan, plan_memory
 from cluster.planner.models import Model
@@ -90,7 +88,7 @@ class Plan:
 def make_plan(request: PlanRequest) -> Plan:
     """The best split that fits; where none does, the one that is nearest, with `fits` false.
 
-    Whole nodes first, shared nodes only where no split of whole nodes fits. Best is most tokens/s, then
+    Whole nodes first, shared nodes only where experts do not fit on whole ones. Best is most tokens/s, then
     fewest engines. Raises ConfigError for a request that no hardware could meet.
     """
     _check(request)
@@ -100,10 +98,12 @@ def make_plan(request: PlanRequest) -> Plan:
     plans: list[Plan] = []
     for whole_nodes in (True, False):
         plans += [_evaluate(request, counts, scheme, s) for s in splits(*size, whole_nodes=whole_nodes)]
-        fitting = [plan for plan in plans if plan.fits]
-        if fitting:
-            return max(fitting, key=lambda plan: (round(plan.tokens_per_second, 3), -plan.split.engine_gpus))
-    return min(plans, key=_shortfall)
+        if any(plan.binding_constraint != "expert_memory" for plan in plans):
+            break
+    fitting = [plan for plan in plans if plan.fits]
+    if not fitting:
+        return min(plans, key=_shortfall)
+    return max(fitting, key=lambda plan: (round(plan.tokens_per_second, 3), -plan.split.engine_gpus))
 
 
 def _check(request: PlanRequest) -> None:
@@ -126,11 +126,6 @@ def _check(request: PlanRequest) -> None:
         raise ConfigError(f"{request.model.name}: no layer has experts; check the keys that say which layers are MoE")
 
 
-@lru_cache(maxsize=4096)
-def _traffic(architecture: Architecture, split: Split, wire_dtype: str) -> Traffic:
-    return plan_traffic(architecture, split, wire_dtype)
-
-
 def _evaluate(request: PlanRequest, counts: ParameterCounts, scheme: Scheme, split: Split) -> Plan:
     architecture = request.model.architecture
     memory = plan_memory(architecture, counts, scheme, request.gpu, split)
@@ -142,7 +137,7 @@ def _evaluate(request: PlanRequest, counts: ParameterCounts, scheme: Scheme, spl
         interconnect=request.interconnect,
         split=split,
         memory=memory,
-        traffic=_traffic(architecture, split, request.wire_dtype),
+        traffic=plan_traffic(architecture, split, request.wire_dtype),
     )
     by_memory = memory.sequences(request.context)
     most = min(request.max_num_seqs, by_memory)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, gcd
 
-from cluster.planner.nodes_touched import Holders, contiguous
+from cluster.planner.nodes_touched import Holders
+from router_service.placement import balanced
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,13 +60,25 @@ class Split:
         return (self.gpus_per_node,) * full + ((rest,) if rest else ())
 
     def holders(self) -> Holders:
-        """For each expert of a layer, the nodes that hold it."""
-        return contiguous(self.num_experts, self.groups_on_node(), self.num_redundant_experts)
+        """For each expert of a layer, the nodes that hold it, as the controller will place it."""
+        return _holders(self.num_experts, self.groups, self.gpus_per_node, self.num_redundant_experts)
 
     def shared_node(self) -> int | None:
         """The node that has expert groups and engines, if any."""
         full, rest = divmod(self.expert_gpus, self.gpus_per_node)
         return full if rest else None
+
+
+@lru_cache(maxsize=1024)
+def _holders(num_experts: int, groups: int, gpus_per_node: int, num_redundant_experts: int) -> Holders:
+    node_of = [group // gpus_per_node for group in range(groups)]
+    placed = balanced(
+        {0: num_experts},
+        groups,
+        nodes_of_groups=[str(node) for node in node_of],
+        num_redundant_experts=num_redundant_experts,
+    )
+    return tuple(tuple(sorted({node_of[group] for group in held})) for held in placed[0])
 
 
 def splits(nodes: int, gpus_per_node: int, num_experts: int, *, whole_nodes: bool) -> Iterator[Split]:

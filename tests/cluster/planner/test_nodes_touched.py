@@ -5,7 +5,16 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from cluster.planner.nodes_touched import Holders, contiguous, expected_nodes, touch_probabilities
+from cluster.planner.nodes_touched import Holders, expected_nodes, touch_probabilities
+from router_service.placement import balanced
+
+
+def placed(experts: int, groups_on_node: tuple[int, ...], copies: int) -> Holders:
+    """The nodes of each expert under balanced placement."""
+    node_of = [node for node, groups in enumerate(groups_on_node) for _ in range(groups)]
+    names = [str(node) for node in node_of]
+    holders = balanced({0: experts}, len(names), nodes_of_groups=names, num_redundant_experts=copies)[0]
+    return tuple(tuple(sorted({node_of[group] for group in held})) for held in holders)
 
 
 def drawn_nodes(
@@ -45,7 +54,7 @@ def drawn_nodes(
 def test_without_copies(
     experts: int, per_token: int, gate_groups: int, topk_group: int, groups_on_node: tuple[int, ...]
 ) -> None:
-    draw = (contiguous(experts, groups_on_node, 0), per_token, gate_groups, topk_group)
+    draw = (placed(experts, groups_on_node, 0), per_token, gate_groups, topk_group)
     assert expected_nodes(*draw) == pytest.approx(drawn_nodes(*draw), abs=0.03)
     assert sum(touch_probabilities(*draw)) == pytest.approx(expected_nodes(*draw))
 
@@ -57,29 +66,20 @@ def test_without_copies(
 def test_with_copies_the_fewest_nodes_are_exact_up_to_four(
     experts: int, per_token: int, gate_groups: int, topk_group: int, nodes: int, copies: int
 ) -> None:
-    draw = (contiguous(experts, (4,) * nodes, copies), per_token, gate_groups, topk_group)
+    draw = (placed(experts, (2,) * nodes, copies), per_token, gate_groups, topk_group)
     assert expected_nodes(*draw) == pytest.approx(drawn_nodes(*draw), abs=0.03)
 
 
 def test_with_copies_on_more_nodes_it_is_a_close_upper_bound() -> None:
-    draw = (contiguous(256, (8,) * 6, 32), 8)
+    draw = (placed(256, (8,) * 6, 32), 8)
     drawn = drawn_nodes(*draw, draws=4000)
     assert drawn - 0.03 <= expected_nodes(*draw) <= 1.06 * drawn
-    assert expected_nodes(*draw) <= expected_nodes(contiguous(256, (8,) * 6, 0), 8)
+    assert expected_nodes(*draw) <= expected_nodes(placed(256, (8,) * 6, 0), 8)
 
 
 def test_all_on_one_node_is_one() -> None:
-    assert expected_nodes(contiguous(64, (8,), 0), 6) == 1.0
+    assert expected_nodes(placed(64, (8,), 0), 6) == 1.0
 
 
 def test_aligned_gate_groups_bound_the_nodes() -> None:
-    assert (
-        expected_nodes(contiguous(256, (8,) * 8, 0), 8, 8, 4) <= 4.0 < expected_nodes(contiguous(256, (8,) * 8, 0), 8)
-    )
-
-
-def test_contiguous_gives_a_node_what_its_groups_can_hold() -> None:
-    holders = contiguous(256, (8, 8, 4), 0)
-    assert [sum(held == (node,) for held in holders) for node in range(3)] == [102, 102, 52]
-    copied = contiguous(256, (8, 8), 8)
-    assert sum(len(held) == 2 for held in copied) == 8
+    assert expected_nodes(placed(256, (8,) * 8, 0), 8, 8, 4) <= 4.0 < expected_nodes(placed(256, (8,) * 8, 0), 8)
