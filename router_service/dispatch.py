@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from experts.spec import ExpertCall
+from router_service.node_cover import NodeCover
 from router_service.slot_index import IntArray, SlotIndex
 
 
@@ -60,19 +61,27 @@ class DispatchPlan:
     tokens_per_expert_E: npt.NDArray[np.int64]
 
 
-def plan_dispatch(index: SlotIndex, layer: int, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> DispatchPlan:
+def plan_dispatch(
+    index: SlotIndex,
+    layer: int,
+    expert_ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    cover: NodeCover | None = None,
+) -> DispatchPlan:
     """Split a batch over groups.
 
     expert_ids_TK: int64 or int32, -1 for no expert; the caller has checked the range
     weights_TK:    float32
+    cover:         of `index`; chooses among an expert's slots so that tokens touch few nodes
     """
     num_tokens, top_k = expert_ids_TK.shape
     expert_R = expert_ids_TK.detach().cpu().numpy().reshape(-1)
     weight_R = weights_TK.detach().cpu().numpy().reshape(-1)
     token_R = np.repeat(np.arange(num_tokens, dtype=np.int32), top_k)
+    slot_R = cover(expert_R.reshape(num_tokens, top_k)).reshape(-1) if cover is not None else None
     return DispatchPlan(
         num_tokens=num_tokens,
-        parts=plan_rows(index, layer, num_tokens, expert_R, token_R, weight_R),
+        parts=plan_rows(index, layer, num_tokens, expert_R, token_R, weight_R, slot_R),
         tokens_per_expert_E=np.bincount(expert_R + 1, minlength=index.num_experts + 1)[1:],
     )
 
@@ -84,17 +93,19 @@ def plan_rows(
     expert_R: npt.NDArray[np.integer],
     token_R: IntArray,
     weight_R: npt.NDArray[np.float32],
+    slot_R: IntArray | None = None,
 ) -> tuple[GroupPart, ...]:
     """Split routed rows (expert, token, weight; token ascending within an expert's rows) over groups.
+
+    slot_R: the slot that each row goes to; None: an expert's slots share its rows evenly.
 
     Every array is made once for all groups and sliced: the cost grows with rows and with tokens times
     groups, and hardly with the number of groups at decode sizes.
     """
-    if index.redundant:
+    if slot_R is None:
         # The token's number picks the slot: even load without state, and the same plan for the same batch.
-        slot_R = index.slots_of_expert_EJ[expert_R, token_R % index.num_slots_E[expert_R]]
-    else:
-        slot_R = index.slots_of_expert_EJ[expert_R, 0]
+        turn_R = token_R % index.num_slots_E[expert_R] if index.redundant else 0
+        slot_R = index.slots_of_expert_EJ[expert_R, turn_R]
     num_slots = len(index.expert_of_slot_S)
     # Stable sort of 16-bit keys is a radix sort.
     order_R = np.argsort(slot_R.astype(np.int16) if num_slots < 2**15 else slot_R, kind="stable")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
@@ -12,13 +13,16 @@ from experts.errors import GroupUnavailable, RequestError
 from router_service.counters import RouterCounters
 from router_service.dispatch import plan_dispatch
 from router_service.failover import Failover, OnExpertLoss
-from router_service.gating.gate import Gate
+from router_service.gating.gate import ChoiceLimit, Gate
+from router_service.node_limit import NodeLimit
 from router_service.pending import Pending
 from router_service.placement import PlacementTable
 from router_service.replica_choice import ReplicaChoice
 from router_service.sender import Sender
 from router_service.table_view import TableBoard, TableView
 from router_service.transport.base import Transport
+
+NodeLimitMode = Literal["exact", "restrict"]
 
 
 class Router:
@@ -29,6 +33,11 @@ class Router:
     on_expert_loss:     see `router_service.failover.Failover`
     node:               the node that this process runs on, as placement tables name it; the groups of any other
                         node then share one message and answer with one sum. None: every group is called by itself
+    max_nodes_per_token: limit the nodes that a token's experts are on; None: no limit
+    node_limit_mode:    "exact" chooses among the replicas of each expert so that a token touches as few nodes as can
+                        be, more than the limit where its experts are nowhere else; outputs are those without limit.
+                        "restrict" also lets a token use only experts on its best nodes, as DeepSeek-V2 does with
+                        devices (`NodeLimit`): outputs change; `dispatch`, whose caller chose, is not restricted
     """
 
     def __init__(
@@ -39,11 +48,16 @@ class Router:
         recovery_timeout_s: float,
         on_expert_loss: OnExpertLoss = "failover",
         node: str | None = None,
+        max_nodes_per_token: int | None = None,
+        node_limit_mode: NodeLimitMode = "exact",
     ) -> None:
         self.counters = RouterCounters()
         self._transport = transport
         self._gates = gates
         self._timeout_s = recovery_timeout_s
+        self._node = node
+        self._max_nodes_per_token = max_nodes_per_token
+        self._restrict = node_limit_mode == "restrict"
         self._board = TableBoard()
         self._replicas = ReplicaChoice()
         self._sender = Sender(transport, self._replicas, self.counters, node)
@@ -84,7 +98,11 @@ class Router:
             known = ", ".join(map(str, sorted(self._gates))) or "none"
             raise RequestError(f"layer {layer} has no gate here; layers with a gate: {known}", "layer")
         _check_hidden(hidden_TH)
-        return self._dispatch(layer, hidden_TH, *gate(hidden_TH), timeout_s)
+        limit: ChoiceLimit | None = None
+        if self._restrict and self._max_nodes_per_token is not None:
+            limit = NodeLimit(self._view().held_by_nodes(layer), self._max_nodes_per_token)
+        expert_ids_TK, weights_TK = gate(hidden_TH, limit)
+        return self._dispatch(layer, hidden_TH, expert_ids_TK, weights_TK, timeout_s)
 
     def dispatch(
         self,
@@ -143,8 +161,9 @@ class Router:
         until = math.inf if timeout_s is None else time.monotonic() + timeout_s
         hidden_TH = hidden_TH.detach()
         view = self._view()
-        index = view.slots(layer, self._replicas.unreachable(view))
-        plan = plan_dispatch(index, layer, expert_ids_TK, weights_TK)
+        avoid = self._replicas.unreachable(view)
+        cover = view.cover(layer, avoid, self._node) if self._max_nodes_per_token is not None else None
+        plan = plan_dispatch(view.slots(layer, avoid), layer, expert_ids_TK, weights_TK, cover)
         self.counters.batch(layer, plan.num_tokens, plan.tokens_per_expert_E)
         return Pending(
             self._sender.send_all(view, plan.parts, hidden_TH, timeout_s),

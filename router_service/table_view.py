@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
+import numpy.typing as npt
+
 from experts.errors import RequestError
+from router_service.node_cover import NodeCover
 from router_service.placement import GroupReplica, PlacementTable
 from router_service.slot_index import SlotIndex, build_slot_index
 
@@ -19,6 +23,12 @@ class TableView:
         )
         self.missing = frozenset(table.missing_groups())
         self._indices: dict[tuple[int, frozenset[int]], SlotIndex] = {}
+        self._covers: dict[tuple[int, frozenset[int], str | None], NodeCover] = {}
+        self._held: dict[int, npt.NDArray[np.bool_]] = {}
+        # Several replicas of a group: the first speaks for its node.
+        nodes = [replicas[0].node if replicas else "" for replicas in self.replicas]
+        self._nodes = sorted(set(nodes))
+        self._node_of_group_G = np.array([self._nodes.index(node) for node in nodes], dtype=np.int32)
 
     def slots(self, layer: int, avoid: frozenset[int]) -> SlotIndex:
         """Slots of `layer`, without the groups to avoid wherever an expert has another.
@@ -33,6 +43,27 @@ class TableView:
                 raise RequestError(f"layer {layer} has no experts; layers with experts: {known}", "layer")
             index = self._indices[layer, avoid] = build_slot_index(holders, self.table.num_groups, avoid)
         return index
+
+    def cover(self, layer: int, avoid: frozenset[int], node: str | None) -> NodeCover | None:
+        """Chooses among the slots of `slots(layer, avoid)` for a router on `node`; None where there is no choice."""
+        index = self.slots(layer, avoid)
+        if not index.redundant or len(self._nodes) < 2:
+            return None
+        cover = self._covers.get((layer, avoid, node))
+        if cover is None:
+            local = self._nodes.index(node) if node in self._nodes else None
+            cover = self._covers[layer, avoid, node] = NodeCover(index, self._node_of_group_G, local)
+        return cover
+
+    def held_by_nodes(self, layer: int) -> npt.NDArray[np.bool_]:
+        """[E, N]: does a group on the node hold the expert?"""
+        held_EN = self._held.get(layer)
+        if held_EN is None:
+            index = self.slots(layer, frozenset())
+            held_EN = np.zeros((index.num_experts, len(self._nodes)), dtype=bool)
+            held_EN[index.expert_of_slot_S, self._node_of_group_G[index.group_of_slot_S]] = True
+            self._held[layer] = held_EN
+        return held_EN
 
 
 class TableBoard:

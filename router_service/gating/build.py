@@ -29,7 +29,7 @@ _GATES: Mapping[str, Callable[[GateSpec, torch.Tensor], Gate]] = {
     "qwen3_moe": Qwen3MoeGate,
     "deepseek_v2": DeepseekV2Gate,
 }
-_BIASED_GATES: Mapping[str, Callable[[GateSpec, torch.Tensor], Gate]] = {
+_BIASED_GATES: Mapping[str, Callable[[GateSpec, torch.Tensor, torch.Tensor], Gate]] = {
     "deepseek_v3": DeepseekV3Gate,
     "deepseek_v4": DeepseekV4Gate,
 }
