@@ -1,17 +1,18 @@
 """Composition root: mesh.yaml in, Ray Serve application out.
 
 `import_path: cluster.app:build` with the mesh.yaml document as `args` serves it from `serve run`, `serve deploy` and a
-RayService.
+RayService; `serve run cluster.app:build mesh=mesh.yaml` reads it from a file.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.serve import Application
 
-from cluster.config.load import parse_mesh
+from cluster.config.load import load_mesh, parse_mesh
 from cluster.config.mesh import EngineConfig, ExpertsConfig
 from cluster.deployments import CONTROLLER, ENGINE, GROUP
 
@@ -21,7 +22,7 @@ def build(args: dict[str, Any]) -> Application:
 
     Raises ConfigError.
     """
-    config = parse_mesh(args, origin="mesh")
+    config = load_mesh(Path(args["mesh"])) if set(args) == {"mesh"} else parse_mesh(args, origin="mesh")
     document = config.model_dump(mode="json")
     engine = ENGINE.options(
         ray_actor_options=_actor_options(config.engine),

@@ -6,9 +6,7 @@ import logging
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,6 +16,7 @@ import httpx
 import ray
 import typer
 from ray import serve
+from ray.serve import Application
 
 from cluster.app import build
 from cluster.commands.generate import stream_completion
@@ -46,14 +45,7 @@ def command(
     config = load_mesh(mesh)
     http = config.http.model_copy(update={k: v for k, v in {"host": host, "port": port}.items() if v is not None})
     config = config.model_copy(update={"http": http})
-    stop = threading.Event()
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        stop.set()
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, interrupt)
+    _stop_on_signals()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     progress = Progress()
     try:
@@ -70,9 +62,19 @@ def command(
             with progress.phase("first completion"):
                 _first_completion(config, url, prompt, progress)
             progress.say(_ready(url, prompt, config))
-            stop.wait()
+            threading.Event().wait()
     except KeyboardInterrupt:
         progress.say("stopped")
+
+
+def _stop_on_signals() -> None:
+    """SIGTERM as Ctrl-C. Again once Ray is up: Ray's own SIGTERM handler aborts the process after three seconds."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def _check_port(host: str, port: int) -> None:
@@ -95,6 +97,7 @@ def _ray(address: str | None, progress: Progress) -> Iterator[None]:
             connect(address)
         else:
             start_local_ray()
+        _stop_on_signals()
     try:
         yield
     finally:
@@ -111,13 +114,23 @@ def _deploy(config: MeshConfig, progress: Progress) -> None:
     with progress.phase("Serve"):
         serve.start(http_options={"host": http.host, "port": http.port, "request_timeout_s": None})
         application = build(config.model_dump(mode="json"))
-    with progress.phase("experts and engine"), ThreadPoolExecutor(1) as pool:
-        running = pool.submit(serve.run, application, name=APPLICATION, route_prefix="/")
-        while not running.done():
+    with progress.phase("experts and engine"):
+        failed: list[Exception] = []
+        # A daemon, so that Ctrl-C need not wait for an application that cannot start.
+        running = threading.Thread(target=_run, args=(application, failed), daemon=True)
+        running.start()
+        while running.is_alive():
             progress.update(_loading())
-            time.sleep(0.25)
-        if running.exception() is not None:
+            running.join(0.25)
+        if failed:
             raise ConfigError(deployment_failure()) from None
+
+
+def _run(application: Application, failed: list[Exception]) -> None:
+    try:
+        serve.run(application, name=APPLICATION, route_prefix="/")
+    except Exception as error:  # Serve's own words are in its status
+        failed.append(error)
 
 
 def _loading() -> str:

@@ -1,6 +1,5 @@
 """What a user gives wrongly on the command line: exit code 2 and readable lines, never a traceback."""
 
-import json
 import socket
 import subprocess
 import sys
