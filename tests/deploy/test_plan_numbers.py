@@ -1,6 +1,8 @@
 """Each overlay that says by which plan it was made holds exactly that plan's numbers."""
 
+import contextlib
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,26 @@ def contains(whole: Any, part: Any) -> bool:
     return bool(whole == part)
 
 
+@pytest.fixture
+def expertmesh(monkeypatch, capsys):
+    """Runs the command line in this process; returns what it printed."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["expertmesh", *arguments])
+        with contextlib.suppress(SystemExit):
+            main()
+        return capsys.readouterr().out
+
+    return run
+
+
 @pytest.mark.parametrize(
     "overlay", sorted(p for p in OVERLAYS.iterdir() if p.name not in WITHOUT_A_PLAN), ids=lambda p: p.name
 )
-def test_overlay_holds_its_plan(overlay, build, capsys):
+def test_overlay_holds_its_plan(overlay, build, expertmesh):
     (service,) = (o for o in build(overlay) if o["kind"] == "RayService")
     plan = shlex.split(service["metadata"]["annotations"]["expertmesh.io/plan"])
-    with pytest.raises(SystemExit) as exited:
-        main(["plan", *plan, "--kustomize"])
-    assert not exited.value.code
-    operations = yaml.safe_load(capsys.readouterr().out)
+    operations = yaml.safe_load(expertmesh("plan", *plan, "--kustomize"))
     assert operations
 
     elastic = service["spec"]["rayClusterConfig"]["enableInTreeAutoscaling"]

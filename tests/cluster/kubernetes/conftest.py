@@ -24,7 +24,7 @@ from kubernetes import client, config
 JSON_PATCH, MERGE_PATCH = "application/json-patch+json", "application/merge-patch+json"
 STRATEGIC, APPLY = "application/strategic-merge-patch+json", "application/apply-patch+yaml"
 NAMESPACED = {
-    "v1": {"ServiceAccount", "Service", "PersistentVolumeClaim", "Pod", "Event", "Secret"},
+    "v1": {"ConfigMap", "ServiceAccount", "Service", "PersistentVolumeClaim", "Pod", "Event", "Secret"},
     "rbac.authorization.k8s.io/v1": {"Role", "RoleBinding"},
     "policy/v1": {"PodDisruptionBudget"},
     "networking.k8s.io/v1": {"NetworkPolicy"},
