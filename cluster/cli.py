@@ -60,10 +60,10 @@ def _root() -> None:
     pass
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 done, 1 it ran and found a fault, 2 what the user gave cannot be used."""
     try:
-        app(prog_name="expertmesh")
+        app(arguments, prog_name="expertmesh")
     except MeshError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
