@@ -63,11 +63,15 @@ class Tuning:
         self._scheme = scheme
         self._dtype = dtype
         self._cache = cache or TileCache()
+        self._chosen: dict[tuple[Projection, int], TileConfig] = {}
 
     def choose(self, projection: Projection, rows_per_expert: int) -> TileConfig:
         """The measured choice, else the card's default."""
-        bucket = bucket_of(rows_per_expert)
-        return self._cache.get(self._key(projection, bucket)) or candidates(self._card, self._scheme, bucket)[0]
+        wanted = projection, bucket_of(rows_per_expert)
+        if wanted not in self._chosen:  # every call asks; the key is a long string
+            default = candidates(self._card, self._scheme, wanted[1])[0]
+            self._chosen[wanted] = self._cache.get(self._key(*wanted)) or default
+        return self._chosen[wanted]
 
     def tune(
         self, projection: Projection, measure: Callable[[TileConfig, int], float]
@@ -82,6 +86,7 @@ class Tuning:
             if fastest_ms == float("inf"):
                 raise ConfigError(f"{self._card}: no tiles for {self._scheme} experts run on this card")
             self._cache.put(self._key(projection, bucket), choice)
+            self._chosen[projection, bucket] = choice
             yield bucket, choice, fastest_ms
 
     def _key(self, projection: Projection, bucket: int) -> str:
