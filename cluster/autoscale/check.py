@@ -41,15 +41,11 @@ def check_autoscaling(section: Mapping[str, Any], where: str, *, from_zero: bool
         raise ConfigError(f"{key}: {first['msg']}") from error
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         function = (policy or {}).get("policy_function")
-        raise ConfigError(
-            f"{where}.policy.policy_function {function!r} cannot be imported: {error}"
-        ) from error
+        raise ConfigError(f"{where}.policy.policy_function {function!r} cannot be imported: {error}") from error
     except DeprecationWarning as error:
         raise ConfigError(f"{where}: {error}") from error
     if config.min_replicas == 0 and not from_zero:
-        raise ConfigError(
-            f"{where}.min_replicas must be at least 1: with none running, no load is ever reported"
-        )
+        raise ConfigError(f"{where}.min_replicas must be at least 1: with none running, no load is ever reported")
     _check_kwargs(config.policy.get_policy(), config.policy.policy_kwargs, f"{where}.policy.policy_kwargs")
 
 

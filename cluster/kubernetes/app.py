@@ -19,7 +19,9 @@ from cluster.kubernetes.scale import clear_removed, scale
 from cluster.kubernetes.status import RayServiceStatus, read_status
 from experts.errors import ConfigError
 
-app = typer.Typer(help="Status, apply and scale on Kubernetes.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Status, apply and scale on Kubernetes.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+)
 
 Kubeconfig = Annotated[Path | None, typer.Option(help="Else KUBECONFIG, ~/.kube/config, or the pod's own account")]
 Context = Annotated[str | None, typer.Option(help="Of the kubeconfig; else its current one")]
@@ -85,10 +87,11 @@ def scale_command(
     ),
 ) -> None:
     """Set the number of pods of worker groups, in the RayService and in the RayCluster that it made."""
+    counts = _counts(groups)
     objects = RayObjects(connect(kubeconfig, context), namespace or own_namespace())
     if clear:
         clear_removed(objects, name)
-    for item in scale(objects, name, _counts(groups), remove_pods=remove or ()):
+    for item in scale(objects, name, counts, remove_pods=remove or ()):
         for group, after in item.after.items():
             typer.echo(f"{item.kind}/{item.name}: {group} {item.before[group]} -> {after}")
 

@@ -7,9 +7,7 @@ from cluster.config.mesh import EngineConfig
 from cluster.engine_limits import engine_limits
 from cluster.serving.kv_cache import KVLayout
 
-LAYOUT = KVLayout(
-    num_layers=2, num_kv_heads=2, key_dim=8, value_dim=8, dtype=torch.float32, device=torch.device("cpu")
-)
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, key_dim=8, value_dim=8, dtype=torch.float32, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

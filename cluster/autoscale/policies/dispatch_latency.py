@@ -9,7 +9,6 @@ from ray.serve.config import AutoscalingContext
 
 from cluster.autoscale.policies.policy import Policy
 from cluster.autoscale.policies.reports import read_reports
-from experts.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +28,7 @@ class DispatchLatency(Policy):
         Policy.__post_init__(self)
         self.require_above(0, "slo_ms", "shrink_below")
         self.require_above(1, "max_growth")
-        if self.shrink_below >= 1:
-            raise ConfigError(
-                f"policy DispatchLatency: shrink_below must be below 1, not {self.shrink_below!r}"
-            )
+        self.require_below(1, "shrink_below")
 
     def wanted(self, ctx: AutoscalingContext) -> int | None:
         target: int = ctx.target_num_replicas

@@ -50,14 +50,10 @@ class Highest(Policy):
         raw, where = self.policies[index], f"policies[{index}]"
         if not isinstance(raw, Mapping) or len(raw) != 1 or not set(raw) <= set(_POLICIES):
             known = ", ".join(_POLICIES)
-            raise ConfigError(
-                f"policy Highest: {where} must name one of {known}, with its kwargs, and is {raw!r}"
-            )
+            raise ConfigError(f"policy Highest: {where} must name one of {known}, with its kwargs, and is {raw!r}")
         ((name, kwargs),) = raw.items()
         if not isinstance(kwargs, Mapping) or _COOLDOWNS & set(kwargs):
-            raise ConfigError(
-                f"policy Highest: {where}.{name} must hold kwargs, without cooldowns: they go to Highest"
-            )
+            raise ConfigError(f"policy Highest: {where}.{name} must hold kwargs, without cooldowns: they go to Highest")
         try:
             return _POLICIES[name](**kwargs)
         except TypeError as error:

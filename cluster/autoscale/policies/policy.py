@@ -57,12 +57,14 @@ class Policy(ABC):
         """ConfigError unless each named field is a finite number above `bound`."""
         self._require(lambda value: value > bound, f"above {bound:g}", names)
 
+    def require_below(self, bound: float, *names: str) -> None:
+        """ConfigError unless each named field is a finite number below `bound`."""
+        self._require(lambda value: value < bound, f"below {bound:g}", names)
+
     def _require(self, holds: Any, what: str, names: tuple[str, ...]) -> None:
         assert set(names) <= {field.name for field in fields(self)}
         for name in names:
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if not (number and holds(value)):
-                raise ConfigError(
-                    f"policy {type(self).__name__}: {name} must be a number {what}, not {value!r}"
-                )
+                raise ConfigError(f"policy {type(self).__name__}: {name} must be a number {what}, not {value!r}")

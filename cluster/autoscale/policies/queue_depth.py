@@ -9,7 +9,6 @@ from ray.serve.config import AutoscalingContext
 from cluster.autoscale.policies.hysteresis import replicas_for
 from cluster.autoscale.policies.policy import Policy
 from cluster.autoscale.policies.reports import read_reports
-from experts.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +22,7 @@ class QueueDepth(Policy):
         Policy.__post_init__(self)
         self.require_above(0, "target_queue_depth")
         self.require_at_least(0, "tolerance")
-        if self.tolerance >= 1:
-            raise ConfigError(f"policy QueueDepth: tolerance must be below 1, not {self.tolerance!r}")
+        self.require_below(1, "tolerance")
 
     def wanted(self, ctx: AutoscalingContext) -> int | None:
         depth = read_reports(ctx, "queue_depth")

@@ -74,14 +74,10 @@ class Schedule(Policy):
     def _window(self, index: int) -> Window:
         raw, where = self.windows[index], f"windows[{index}]"
         if not isinstance(raw, Mapping) or not _KEYS - {"days"} <= set(raw) <= _KEYS:
-            raise ConfigError(
-                f"policy Schedule: {where} needs start, end and replicas, may have days, and has {raw!r}"
-            )
+            raise ConfigError(f"policy Schedule: {where} needs start, end and replicas, may have days, and has {raw!r}")
         days = raw.get("days", _DAYS)
         if isinstance(days, str) or not isinstance(days, Sequence) or not days or not set(days) <= set(_DAYS):
-            raise ConfigError(
-                f"policy Schedule: {where}.days must be a list of {', '.join(_DAYS)}, not {days!r}"
-            )
+            raise ConfigError(f"policy Schedule: {where}.days must be a list of {', '.join(_DAYS)}, not {days!r}")
         return Window(
             days=frozenset(_DAYS.index(day) for day in days),
             start=self._time(raw["start"], f"{where}.start"),

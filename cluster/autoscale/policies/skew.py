@@ -9,7 +9,6 @@ from ray.serve.config import AutoscalingContext
 from cluster.autoscale.policies.hysteresis import replicas_for
 from cluster.autoscale.policies.policy import Policy
 from cluster.autoscale.policies.reports import read_reports
-from experts.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +28,7 @@ class Skew(Policy):
         Policy.__post_init__(self)
         self.require_at_least(1, "max_load_share")
         self.require_at_least(0, "min_tokens_per_s", "tolerance")
-        if self.tolerance >= 1:
-            raise ConfigError(f"policy Skew: tolerance must be below 1, not {self.tolerance!r}")
+        self.require_below(1, "tolerance")
 
     def wanted(self, ctx: AutoscalingContext) -> int | None:
         share = read_reports(ctx, "load_share")

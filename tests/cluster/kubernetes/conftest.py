@@ -4,6 +4,7 @@ With KUBECONFIG set the tests run against that cluster instead (KubeRay's CRDs i
 namespace that is made and deleted); those that need to bend the server's will skip there.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -439,6 +440,8 @@ def real_cluster(kubeconfig: Path) -> Iterator[Cluster]:
         namespace = f"mesh-test-{uuid.uuid4().hex[:8]}"
         core = client.CoreV1Api(api_client)
         core.create_namespace({"metadata": {"name": namespace}})
+        with contextlib.suppress(client.ApiException):  # a controller makes it, where one runs, and pods need it
+            core.create_namespaced_service_account(namespace, {"metadata": {"name": "default"}})
         try:
             yield Cluster(kubeconfig=kubeconfig, namespace=namespace, fake=None, api_client=api_client)
         finally:

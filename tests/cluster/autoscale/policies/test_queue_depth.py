@@ -29,7 +29,7 @@ def test_reports_of_replicas_that_are_gone_do_not_count(fake_serve):
     ("kwargs", "message"),
     [
         ({"target_queue_depth": 0}, "target_queue_depth must be a number above 0, not 0"),
-        ({"target_queue_depth": 4, "tolerance": 1}, "tolerance must be below 1"),
+        ({"target_queue_depth": 4, "tolerance": 1}, "tolerance must be a number below 1"),
         ({"target_queue_depth": 4, "tolerance": -0.1}, "tolerance must be a number at least 0"),
     ],
 )
