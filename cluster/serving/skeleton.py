@@ -129,7 +129,8 @@ def _model_config(checkpoint: Checkpoint) -> PretrainedConfig:
             f"use an unquantised checkpoint or one of {', '.join(_READABLE_QUANTIZATION)}"
         )
     try:
-        config = CONFIG_MAPPING[family].from_dict({k: v for k, v in raw.items() if k != "quantization_config"})
+        plain = {key: value for key, value in raw.items() if key != "quantization_config"}
+        config = CONFIG_MAPPING[family].from_dict(plain | {"model_type": family})
     except Exception as error:  # a config class raises whatever its validation likes
         raise CheckpointError(f"{where}: {error}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

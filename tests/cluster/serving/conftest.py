@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from cluster.serving.skeleton import ModelSkeleton, load_skeleton
 from router_service.gating.gate import Gate
@@ -50,9 +51,9 @@ def reference_model(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], A
     def load(family: str) -> Any:
         directory = tiny_checkpoint(family)
         if family == "kimi_k2":
-            from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-            config = DeepseekV3Config.from_pretrained(directory)
+            # Kimi K2 is DeepSeek-V3 under another name, which transformers does not know.
+            document = json.loads((directory / "config.json").read_text())
+            config = DeepseekV3Config.from_dict(document | {"model_type": "deepseek_v3"})
             return DeepseekV3ForCausalLM.from_pretrained(
                 directory, config=config, dtype=torch.float32, attn_implementation="eager"
             )

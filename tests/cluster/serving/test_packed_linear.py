@@ -19,9 +19,15 @@ def test_equals_linear(bias: bool, rows: int) -> None:
 
 
 def test_packs_all_but_what_is_kept() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4).bfloat16())
+    class Router(nn.Linear):
+        """Like PhimoeTopKRouter: a linear layer with a forward of its own."""
+
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4).bfloat16(), Router(4, 4)
+    )
     kept = model[0]
     pack_linears(model, keep=frozenset({kept}))
     assert model[0] is kept
     assert isinstance(model[1][0], PackedLinear)
     assert isinstance(model[2], nn.Linear)
+    assert isinstance(model[3], Router)
