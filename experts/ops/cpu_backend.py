@@ -8,17 +8,24 @@ import torch
 
 from experts.errors import ConfigError
 from experts.ops.activations import activate
-from experts.ops.cpu_float32 import Float32Linear
+from experts.ops.cpu_float16 import Float16Linear, lossless_linear
+from experts.ops.cpu_int8 import Int8Linear
+from experts.ops.cpu_linear import CpuLinear
+from experts.ops.cpu_threads import ThreadTeam
 from experts.ops.unpermute import unpermute
 from experts.spec import ExpertSpec, ExpertWeights
 
 BLOCK = 128
+"""Rows and columns of a float8 weight that share a scale."""
 
-Linear = Callable[[torch.Tensor], torch.Tensor]
-
-SCHEMES: Mapping[str, Callable[[torch.Tensor, torch.Tensor | None], Linear]] = {
-    "none": Float32Linear,
+SCHEMES: Mapping[str, Callable[[torch.Tensor, torch.Tensor | None], CpuLinear]] = {
+    "none": lossless_linear,
+    "fp16": Float16Linear,
+    "int8": Int8Linear,
 }
+
+# Rows of one expert that one thread multiplies at a time: enough for full speed, few enough to share.
+_MIN_TASK_ROWS = 64
 
 
 class CpuBackend:
@@ -26,6 +33,8 @@ class CpuBackend:
 
     quantization: a key of SCHEMES.
     num_threads: cores that one call may use.
+
+    Raises ConfigError for a quantization that this CPU does not have.
     """
 
     device = torch.device("cpu")
@@ -35,10 +44,13 @@ class CpuBackend:
             raise ConfigError(
                 f"model.quantization: {quantization!r} needs a GPU; on CPU use one of {', '.join(SCHEMES)}"
             )
+        if quantization == "fp16" and not Float16Linear.is_supported():
+            raise ConfigError("model.quantization: fp16 on CPU needs x86 with AVX2; use none or int8")
         self._spec = spec
         self._pack = SCHEMES[quantization]
         self._num_threads = num_threads
-        self._slots: dict[int, tuple[Linear, Linear]] = {}
+        self._team = ThreadTeam(num_threads)
+        self._slots: dict[int, tuple[CpuLinear, CpuLinear]] = {}
 
     def load(self, slot: int, weights: ExpertWeights) -> None:
         """Pack one expert; float8 weights with block scales are widened first."""
@@ -50,6 +62,11 @@ class CpuBackend:
         """Forget `slot`."""
         del self._slots[slot]
 
+    def nbytes(self, slot: int) -> int:
+        """Bytes that a slot's matrices take, and that a call of one row reads."""
+        up, down = self._slots[slot]
+        return up.nbytes + down.nbytes
+
     def forward(
         self,
         hidden_TH: torch.Tensor,
@@ -59,13 +76,33 @@ class CpuBackend:
         weights_R: torch.Tensor,
     ) -> torch.Tensor:
         """See ExpertBackend.forward."""
-        rows_RH = hidden_TH.float()[token_rows_R]
-        out_RH = torch.empty_like(rows_RH)
-        offsets = offsets_S1.tolist()
-        for slot, start, end in zip(slots_S.tolist(), offsets, offsets[1:], strict=False):
-            up, down = self._slots[slot]
-            out_RH[start:end] = down(activate(up(rows_RH[start:end]), self._spec))
+        spec = self._spec
+        hidden_TH = hidden_TH.float()
+        out_RH = torch.empty(len(token_rows_R), spec.hidden_size)
+        tasks = self._tasks(slots_S.tolist(), offsets_S1.tolist())
+
+        def run(index: int) -> None:
+            _, start, end, (up, down) = tasks[index]
+            rows = hidden_TH.index_select(0, token_rows_R[start:end])
+            out_RH[start:end] = down(activate(up(rows), spec))
+
+        self._team.run(run, len(tasks))
         return unpermute(out_RH, token_rows_R, weights_R, len(hidden_TH))
+
+    def _tasks(self, slots: list[int], offsets: list[int]) -> list[tuple[int, int, int, tuple[CpuLinear, CpuLinear]]]:
+        """(rows, first row, end, the slot's matrices) of every task, largest first so that none is left to the end."""
+        share = max(_MIN_TASK_ROWS, -(-offsets[-1] // (2 * self._num_threads)))
+        tasks = []
+        for slot, start, end in zip(slots, offsets, offsets[1:], strict=False):
+            linears = self._slots[slot]
+            pieces = -(-(end - start) // share)
+            for piece in range(pieces):
+                first = start + (end - start) * piece // pieces
+                last = start + (end - start) * (piece + 1) // pieces
+                tasks.append((last - first, first, last, linears))
+        if self._num_threads > 1:
+            tasks.sort(key=lambda task: -task[0])
+        return tasks
 
 
 def _widen(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:

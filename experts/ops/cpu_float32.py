@@ -1,4 +1,4 @@
-"""A float32 matrix in the layout that oneDNN multiplies fastest on this CPU. Lossless."""
+"""A float32 matrix in the layout that oneDNN multiplies fastest on this CPU."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from torch.nn import functional as F
 
 
 class Float32Linear:
-    """`rows @ weight.T + bias` with the weight reordered once; the plain copy is not kept."""
+    """A CpuLinear that loses nothing."""
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         weight = weight_OI.float().contiguous()
-        self.packed = bool(torch._C._has_mkldnn)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight.clone()
-        self.bias = None if bias_O is None else bias_O.float()
+        self._packed = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._packed else weight
+        self._bias = None if bias_O is None else bias_O.float()
         self.nbytes = weight.nbytes
 
     def __call__(self, rows_RI: torch.Tensor) -> torch.Tensor:
-        """float32 [R, I] to float32 [R, O]."""
-        if self.packed:
-            out_RO: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows_RI, self.weight, self.bias, "none", [], "")
-            return out_RO
-        return F.linear(rows_RI, self.weight, self.bias)
+        """See CpuLinear."""
+        if not self._packed:
+            return F.linear(rows_RI, self._weight, self._bias)
+        out_RO: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
+            rows_RI, self._weight, self._bias, "none", [], ""
+        )
+        return out_RO

@@ -28,5 +28,7 @@ def test_cpu() -> None:
 def test_impossible_devices_and_schemes_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"experts\.device: no backend for 'meta'"):
         build("meta")
-    with pytest.raises(ConfigError, match=r"model\.quantization: 'int4' needs a GPU; on CPU use one of none"):
+    with pytest.raises(
+        ConfigError, match=r"model\.quantization: 'int4' needs a GPU; on CPU use one of none, fp16, int8"
+    ):
         build("cpu", "int4")

@@ -14,7 +14,7 @@ from experts.ops.sort import SortedRows, sort_by_expert
 from experts.spec import ExpertSpec, ExpertWeights
 
 NUM_EXPERTS = 5
-TOLERANCE = {"none": 1e-6}
+TOLERANCE = {"none": 1e-6, "fp16": 1e-3, "int8": 3e-2}
 
 
 def random_weights(spec: ExpertSpec, generator: torch.Generator) -> ExpertWeights:
@@ -70,7 +70,8 @@ def test_equals_the_float64_reference(
     got = backend.forward(hidden_TH, rows.expert_ids_S + 3, *rows[1:])
     expected = expert_mlp_reference(spec, [weights_E[e] for e in rows.expert_ids_S.tolist()], hidden_TH, *rows[1:])
     assert got.dtype is torch.float32
-    scale = expected.norm().clamp_min(1e-3)
+    # Sums may cancel, so errors are measured against what goes in as well.
+    scale = expected.norm() + hidden_TH.norm()
     assert (got - expected).norm() / scale < TOLERANCE[quantization]
 
 
@@ -160,5 +161,5 @@ def test_float8_blocks_are_widened_at_load() -> None:
 
 
 def test_an_unknown_quantization_is_refused_with_the_choices() -> None:
-    with pytest.raises(ConfigError, match="'fp8' needs a GPU; on CPU use one of none"):
+    with pytest.raises(ConfigError, match="'fp8' needs a GPU; on CPU use one of none, fp16, int8"):
         CpuBackend(ExpertSpec(hidden_size=4, intermediate_size=4), quantization="fp8")

@@ -1,0 +1,100 @@
+"""Independent tasks over a few threads that share no barrier."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable
+from queue import SimpleQueue
+
+import torch
+
+
+class ThreadTeam:
+    """`num_threads` threads, the caller's being one, that take tasks until none is left.
+
+    OpenMP would split every matrix multiplication and wait at its end for the slowest thread: on a machine whose
+    cores are shared, for as long as the scheduler likes. Here a task runs in one thread from start to end, and a
+    helper that wakes late only means that the others did its share. torch releases the GIL inside its operators.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        assert num_threads >= 1
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._num_helpers = num_threads - 1
+        for _ in range(self._num_helpers):
+            threading.Thread(target=_help, args=(self._jobs,), name="experts", daemon=True).start()
+        weakref.finalize(self, _dismiss, self._jobs, self._num_helpers)
+
+    def run(self, task: Callable[[int], None], num_tasks: int) -> None:
+        """Call `task(i)` once for every i below `num_tasks`, in no order; raises what a task raised.
+
+        torch runs each task in the thread that took it, and gets its own number of threads back at the end.
+        """
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            job = _Job(task, num_tasks)
+            for _ in range(min(self._num_helpers, num_tasks - 1)):
+                self._jobs.put(job)
+            job.work()
+            job.finish()
+        finally:
+            torch.set_num_threads(num_threads)
+
+
+class _Job:
+    def __init__(self, task: Callable[[int], None], num_tasks: int) -> None:
+        self._task = task
+        self._num_tasks = num_tasks
+        self._next = itertools.count()
+        self._lock = threading.Lock()
+        self._finished = False
+        self._helping = 0
+        self._last_helper_left = threading.Event()
+        self._error: BaseException | None = None
+
+    def work(self) -> None:
+        """Take tasks until none is left, or until one fails."""
+        try:
+            # A count's `next` is one bytecode: no two threads get the same number.
+            while self._error is None and (index := next(self._next)) < self._num_tasks:
+                self._task(index)
+        except BaseException as error:
+            self._error = error
+
+    def help(self) -> None:
+        """A helper's part; none if the caller is done already."""
+        with self._lock:
+            if self._finished:
+                return
+            self._helping += 1
+        self.work()
+        with self._lock:
+            self._helping -= 1
+            if self._finished and not self._helping:
+                self._last_helper_left.set()
+
+    def finish(self) -> None:
+        """The caller's wait for helpers that are in a task."""
+        with self._lock:
+            self._finished = True
+            helping = self._helping
+        if helping:
+            self._last_helper_left.wait()
+        if self._error is not None:
+            raise self._error
+
+
+def _help(jobs: SimpleQueue[_Job | None]) -> None:
+    torch.set_num_threads(1)
+    while (job := jobs.get()) is not None:
+        job.help()
+        # Waiting for the next job must not keep this one's tensors alive.
+        del job
+
+
+def _dismiss(jobs: SimpleQueue[_Job | None], num_helpers: int) -> None:
+    for _ in range(num_helpers):
+        jobs.put(None)
