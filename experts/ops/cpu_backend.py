@@ -13,10 +13,9 @@ from experts.ops.cpu_int8 import Int8Linear
 from experts.ops.cpu_linear import CpuLinear
 from experts.ops.cpu_threads import ThreadTeam
 from experts.ops.unpermute import unpermute
+from experts.quant.fp8_block import Fp8Block
+from experts.quant.scheme import QuantisedWeight
 from experts.spec import ExpertSpec, ExpertWeights
-
-BLOCK = 128
-"""Rows and columns of a float8 weight that share a scale."""
 
 SCHEMES: Mapping[str, Callable[[torch.Tensor, torch.Tensor | None], CpuLinear]] = {
     "none": lossless_linear,
@@ -108,6 +107,4 @@ class CpuBackend:
 def _widen(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     if scale is None:
         return weight
-    rows, columns = weight.shape
-    scale = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-    return weight.float() * scale
+    return Fp8Block().dequantise(QuantisedWeight(weight, scale), weight.shape[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from experts.errors import ConfigError
 from experts.ops.cpu_float32 import Float32Linear
 
 _FLOAT32_ROUNDING = 2.0**-24
@@ -14,9 +15,16 @@ class Float16Linear:
 
     Rounding a float32 weight to float16 is a relative error of 2e-4 a matrix (root mean square), and 3.6e-4 of an
     expert's output; a float16 weight loses nothing and a bfloat16 one next to nothing (see `holds_exactly`).
+
+    Raises ConfigError for weights beyond float16's range.
     """
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        largest = weight_OI.float().abs().amax().item()
+        if largest > torch.finfo(torch.float16).max:
+            raise ConfigError(
+                f"model.quantization: fp16 ends at 65504, but a weight of this checkpoint is {largest:g}; use none"
+            )
         bias = None if bias_O is None else bias_O.float()
         self._weight = torch.ops.quantized.linear_prepack_fp16(weight_OI.float().contiguous(), bias)
         self.nbytes = weight_OI.numel() * 2

@@ -1,0 +1,1 @@
+"""Benchmarks: what the command `expertmesh bench` measures."""
