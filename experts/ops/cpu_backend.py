@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
 from experts.errors import ConfigError
 from experts.ops.activations import activate
 from experts.ops.cpu_float16 import Float16Linear, lossless_linear
-from experts.ops.cpu_int8 import Int8Linear
-from experts.ops.cpu_linear import CpuLinear
+from experts.ops.cpu_format import CpuFormat, FloatFormat, PackedMatrix
+from experts.ops.cpu_int8 import Int8Format
 from experts.ops.cpu_threads import ThreadTeam
 from experts.ops.unpermute import unpermute
 from experts.quant.fp8_block import Fp8Block
 from experts.quant.scheme import QuantisedWeight
 from experts.spec import ExpertSpec, ExpertWeights
 
-SCHEMES: Mapping[str, Callable[[torch.Tensor, torch.Tensor | None], CpuLinear]] = {
-    "none": lossless_linear,
-    "fp16": Float16Linear,
-    "int8": Int8Linear,
+FORMATS: Mapping[str, Callable[[], CpuFormat]] = {
+    "none": lambda: FloatFormat(lossless_linear),
+    "fp16": lambda: FloatFormat(Float16Linear),
+    "int8": Int8Format,
 }
 
-# Rows of one expert that one thread multiplies at a time: enough for full speed, few enough to share.
-_MIN_TASK_ROWS = 64
+# Reading an expert's matrices takes as long as multiplying so many rows with them, in any format.
+_READ_ROWS = 12
+# Rows (and reads) of a task: beyond, what lies between the matrices leaves the cache.
+_MOST_ROWS = 160
+# Rows of one expert below which its task is not split.
+_LEAST_ROWS = 64
+
+
+class _Task(NamedTuple):
+    """Neighbouring experts, and the routed rows `first:last` that are theirs."""
+
+    first: int
+    last: int
+    counts: list[int]
+    ups: list[PackedMatrix]
+    downs: list[PackedMatrix]
 
 
 class CpuBackend:
     """An ExpertBackend (see backend.py) for CPU.
 
-    quantization: a key of SCHEMES.
+    quantization: a key of FORMATS.
     num_threads: cores that one call may use.
 
     Raises ConfigError for a quantization that this CPU does not have.
@@ -39,23 +54,23 @@ class CpuBackend:
     device = torch.device("cpu")
 
     def __init__(self, spec: ExpertSpec, *, quantization: str = "none", num_threads: int = 1) -> None:
-        if quantization not in SCHEMES:
+        if quantization not in FORMATS:
             raise ConfigError(
-                f"model.quantization: {quantization!r} needs a GPU; on CPU use one of {', '.join(SCHEMES)}"
+                f"model.quantization: {quantization!r} needs a GPU; on CPU use one of {', '.join(FORMATS)}"
             )
         if quantization == "fp16" and not Float16Linear.is_supported():
             raise ConfigError("model.quantization: fp16 on CPU needs x86 with AVX2; use none or int8")
         self._spec = spec
-        self._pack = SCHEMES[quantization]
+        self._format: CpuFormat = FORMATS[quantization]()
         self._num_threads = num_threads
         self._team = ThreadTeam(num_threads)
-        self._slots: dict[int, tuple[CpuLinear, CpuLinear]] = {}
+        self._slots: dict[int, tuple[PackedMatrix, PackedMatrix]] = {}
 
     def load(self, slot: int, weights: ExpertWeights) -> None:
         """Pack one expert; float8 weights with block scales are widened first."""
         up = _widen(weights.up_2IH, weights.up_scale)
         down = _widen(weights.down_HI, weights.down_scale)
-        self._slots[slot] = (self._pack(up, weights.up_bias_2I), self._pack(down, weights.down_bias_H))
+        self._slots[slot] = (self._format.pack(up, weights.up_bias_2I), self._format.pack(down, weights.down_bias_H))
 
     def free(self, slot: int) -> None:
         """Forget `slot`."""
@@ -81,26 +96,36 @@ class CpuBackend:
         tasks = self._tasks(slots_S.tolist(), offsets_S1.tolist())
 
         def run(index: int) -> None:
-            _, start, end, (up, down) = tasks[index]
-            rows = hidden_TH.index_select(0, token_rows_R[start:end])
-            out_RH[start:end] = down(activate(up(rows), spec))
+            first, last, counts, ups, downs = tasks[index]
+            rows = hidden_TH.index_select(0, token_rows_R[first:last])
+            inner = activate(self._format.multiply(ups, rows, counts), spec)
+            out_RH[first:last] = self._format.multiply(downs, inner, counts)
 
         self._team.run(run, len(tasks))
         return unpermute(out_RH, token_rows_R, weights_R, len(hidden_TH))
 
-    def _tasks(self, slots: list[int], offsets: list[int]) -> list[tuple[int, int, int, tuple[CpuLinear, CpuLinear]]]:
-        """(rows, first row, end, the slot's matrices) of every task, largest first so that none is left to the end."""
-        share = max(_MIN_TASK_ROWS, -(-offsets[-1] // (2 * self._num_threads)))
-        tasks = []
+    def _tasks(self, slots: list[int], offsets: list[int]) -> list[_Task]:
+        """Work in pieces of like size: two for each thread, or more where there is much."""
+        total = _READ_ROWS * len(slots) + offsets[-1]
+        enough = min(_MOST_ROWS, total / (2 * self._num_threads)) if self._num_threads > 1 else _MOST_ROWS
+        tasks: list[_Task] = []
+        size = enough
         for slot, start, end in zip(slots, offsets, offsets[1:], strict=False):
-            linears = self._slots[slot]
-            pieces = -(-(end - start) // share)
+            up, down = self._slots[slot]
+            pieces = -(-(end - start) // max(_LEAST_ROWS, int(enough)))
             for piece in range(pieces):
                 first = start + (end - start) * piece // pieces
                 last = start + (end - start) * (piece + 1) // pieces
-                tasks.append((last - first, first, last, linears))
-        if self._num_threads > 1:
-            tasks.sort(key=lambda task: -task[0])
+                cost = _READ_ROWS + last - first
+                if size + cost / 2 > enough:
+                    tasks.append(_Task(first, last, [], [], []))
+                    size = 0
+                task = tasks[-1]._replace(last=last)
+                task.counts.append(last - first)
+                task.ups.append(up)
+                task.downs.append(down)
+                tasks[-1] = task
+                size += cost
         return tasks
 
 

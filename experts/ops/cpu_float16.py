@@ -11,7 +11,7 @@ _FLOAT32_ROUNDING = 2.0**-24
 
 
 class Float16Linear:
-    """A CpuLinear of half the bytes.
+    """Half the bytes of float32.
 
     Rounding a float32 weight to float16 is a relative error of 2e-4 a matrix (root mean square), and 3.6e-4 of an
     expert's output; a float16 weight loses nothing and a bfloat16 one next to nothing (see `holds_exactly`).
@@ -30,7 +30,7 @@ class Float16Linear:
         self.nbytes = weight_OI.numel() * 2
 
     def __call__(self, rows_RI: torch.Tensor) -> torch.Tensor:
-        """See CpuLinear."""
+        """float32 [R, I] to float32 [R, O]."""
         out_RO: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16.default(rows_RI, self._weight)
         return out_RO
 

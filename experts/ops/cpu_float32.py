@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 class Float32Linear:
-    """A CpuLinear that loses nothing."""
+    """Loses nothing."""
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         weight = weight_OI.float().contiguous()
@@ -17,7 +17,7 @@ class Float32Linear:
         self.nbytes = weight.nbytes
 
     def __call__(self, rows_RI: torch.Tensor) -> torch.Tensor:
-        """See CpuLinear."""
+        """float32 [R, I] to float32 [R, O]."""
         if not self._packed:
             return F.linear(rows_RI, self._weight, self._bias)
         out_RO: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(

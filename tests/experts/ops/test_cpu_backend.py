@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.errors import ConfigError
-from experts.ops.cpu_backend import SCHEMES, CpuBackend
+from experts.ops.cpu_backend import FORMATS, CpuBackend
 from experts.ops.expert_mlp import expert_mlp_reference
 from experts.ops.sort import SortedRows, sort_by_expert
 from experts.spec import ExpertSpec, ExpertWeights
@@ -48,7 +48,7 @@ specs = st.builds(
 )
 
 
-@pytest.mark.parametrize("quantization", SCHEMES)
+@pytest.mark.parametrize("quantization", FORMATS)
 @given(
     spec=specs,
     num_tokens=st.integers(1, 40),
@@ -75,7 +75,7 @@ def test_equals_the_float64_reference(
     assert (got - expected).norm() / scale < TOLERANCE[quantization]
 
 
-@pytest.mark.parametrize("quantization", SCHEMES)
+@pytest.mark.parametrize("quantization", FORMATS)
 def test_a_token_does_not_depend_on_its_batch(quantization: str) -> None:
     generator = torch.Generator().manual_seed(1)
     spec = ExpertSpec(hidden_size=96, intermediate_size=64)
