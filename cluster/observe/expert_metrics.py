@@ -49,17 +49,24 @@ class ExpertMetrics:
         counters = self._counters
         with counters.lock:
             expert_tokens = {layer: tokens_E.copy() for layer, tokens_E in counters.expert_tokens.items()}
-            sent, received = counters.bytes_sent, counters.bytes_received
-            tokens, copies = counters.tokens, counters.token_copies
+            sent, sent_remote, received = counters.bytes_sent, counters.bytes_sent_remote, counters.bytes_received
+            tokens, nodes, copies = counters.tokens, counters.token_nodes, counters.token_copies
             failovers, degraded = counters.failovers, counters.degraded_tokens
         yield self._counter("dispatch_tokens", "Tokens dispatched, once a layer.", {(): tokens})
-        yield self._counter("dispatch_token_copies", "Hidden states sent to groups.", {(): copies})
+        yield self._counter("dispatch_token_copies", "Hidden states sent to groups or nodes.", {(): copies})
+        nearby = "local" if self._transport == "in_process" else "node"
         yield self._counter(
             "dispatch_bytes",
-            "Bytes of hidden states and partial sums.",
-            {(self._transport, "sent"): sent, (self._transport, "received"): received},
-            labels=("transport", "direction"),
+            "Bytes of hidden states sent: within the process (local), to the same node, to a remote one.",
+            {(self._transport, nearby): sent - sent_remote, (self._transport, "remote"): sent_remote},
+            labels=("transport", "scope"),
         )
+        yield self._counter(
+            "combine_bytes", "Bytes of partial sums received.", {(self._transport,): received}, ("transport",)
+        )
+        if tokens:
+            about = "Nodes that a token's experts of a layer are on, mean since the start."
+            yield self._gauge("dispatch_nodes_per_token", about, {(): nodes / tokens})
         yield self._counter("expert_failovers", "Parts of a batch answered by another replica.", {(): failovers})
         yield self._counter("expert_degraded_tokens", "Tokens that lost an expert's share.", {(): degraded})
         yield self._expert_tokens(expert_tokens)

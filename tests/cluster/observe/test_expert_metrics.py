@@ -55,15 +55,20 @@ class Scraped:
 def test_counters() -> None:
     router = Scraped()
     router.tokens(3, 0, 5)
-    router.counters.call(8, 6, 640)
-    router.counters.bytes_received = 1280
+    router.counters.call(8, 6, 640, remote=True)
+    router.counters.call(4, 3, 320, remote=False)
+    router.counters.node(6)
+    router.counters.node(6)
+    router.counters.received(1280)
     router.counters.failovers = 2
     router.counters.degraded_tokens = 1
     shown = router.scrape()
-    assert shown["dispatch_bytes_total", "sent", "grpc"] == 640
-    assert shown["dispatch_bytes_total", "received", "grpc"] == 1280
+    assert shown["dispatch_bytes_total", "remote", "grpc"] == 640
+    assert shown["dispatch_bytes_total", "node", "grpc"] == 320
+    assert shown["combine_bytes_total", "grpc"] == 1280
+    assert shown["dispatch_nodes_per_token",] == 1.5
     assert shown["dispatch_tokens_total",] == 8
-    assert shown["dispatch_token_copies_total",] == 6
+    assert shown["dispatch_token_copies_total",] == 9
     assert shown["expert_failovers_total",] == 2
     assert shown["expert_degraded_tokens_total",] == 1
     assert [shown["expert_tokens_total", str(expert), "0"] for expert in range(3)] == [3, 0, 5]

@@ -93,7 +93,7 @@ def fuzz(api, path: str, body: bytes, kind: type[Completion] | type[ChatCompleti
     api.engine.wait_for(lambda: not api.engine.live)
 
 
-RUNS = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+RUNS = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @RUNS
