@@ -14,7 +14,7 @@ from router_service.dispatch import GroupPart, plan_rows
 from router_service.replica_choice import RETRY_S, ReplicaChoice
 from router_service.sender import Flight, NodeFlight, Sender
 from router_service.table_view import TableBoard, TableView
-from router_service.transport.base import TransportError
+from router_service.transport.base import ReplyAbandoned, TransportError
 
 OnExpertLoss = Literal["failover", "reload", "degrade", "fail"]
 
@@ -94,6 +94,8 @@ class Failover:
             for sent in flights:
                 try:
                     done.append((sent.part, self._sender.receive(sent, max(0.0, deadline - time.monotonic()))))
+                except ReplyAbandoned:
+                    raise
                 except (TransportError, ExpertNotResident) as error:
                     if isinstance(error, ExpertNotResident):
                         stale[sent.part.group] = sent.version

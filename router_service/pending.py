@@ -11,7 +11,7 @@ from router_service.combine import Combiner
 from router_service.failover import Failover
 from router_service.sender import Flight, NodeFlight, Sender
 from router_service.slot_index import IntArray
-from router_service.transport.base import TransportError
+from router_service.transport.base import ReplyAbandoned, TransportError
 
 
 class Pending:
@@ -40,8 +40,15 @@ class Pending:
 
         The sum is float32: over a node's groups in ascending order, then over the nodes in the order of their
         first group, wherever the additions are done. Raises GroupUnavailable where a group stayed away past the
-        recovery timeout, RequestError where a group refused the call.
+        recovery timeout, RequestError where a group refused the call, TimeoutError where the caller's time limit
+        passed or it cancelled.
         """
+        try:
+            return self._result()
+        except ReplyAbandoned as error:
+            raise TimeoutError(str(error)) from error
+
+    def _result(self) -> torch.Tensor:
         if len(self._flights) == 1 and not self._flights[0].reply:
             # One node: its sum is the whole.
             return self._sum_of(self._flights[0].flights).result(self._hidden_TH.dtype)
@@ -61,6 +68,8 @@ class Pending:
         if flight.reply is not None:
             try:
                 return flight.node_part.tokens_T, self._sender.receive_node(flight, self._left_s())
+            except ReplyAbandoned:
+                raise
             except (TransportError, ExpertNotResident):
                 flights = self._failover.send_each(flight, self._hidden_TH, self._until)
         if len(flights) == 1:
@@ -83,6 +92,8 @@ class Pending:
         return combiner
 
     def _recover(self, flight: Flight, failure: TransportError | ExpertNotResident, combiner: Combiner) -> None:
+        if isinstance(failure, ReplyAbandoned):
+            raise failure
         for part, partial_TH in self._failover.recover(flight, failure, self._hidden_TH, self._until):
             combiner.add(part.tokens_T, partial_TH)
 

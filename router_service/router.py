@@ -76,6 +76,13 @@ class Router:
         view = self._board.view
         return view.table if view is not None else None
 
+    def wait_table(self, seen: PlacementTable | None, timeout_s: float) -> PlacementTable | None:
+        """The current table as soon as it is not `seen`, or whatever it is after `timeout_s`."""
+        view = self._board.view
+        if (view.table if view is not None else None) is seen:
+            self._board.wait_other(view, timeout_s)
+        return self.table
+
     def update(self, table: PlacementTable) -> None:
         """Use `table` from now on and wake every batch that waits for one; from any thread.
 

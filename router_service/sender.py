@@ -13,7 +13,7 @@ from router_service.node_part import NodePart, bundle
 from router_service.placement import GroupReplica
 from router_service.replica_choice import ReplicaChoice
 from router_service.table_view import TableView
-from router_service.transport.base import PendingReply, Transport, TransportError
+from router_service.transport.base import PendingReply, ReplyAbandoned, Transport, TransportError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -146,8 +146,8 @@ class Sender:
             if isinstance(flight.reply, TransportError):
                 raise flight.reply
             partial_TH = flight.reply.result(timeout_s)
-        except TransportError:
-            if flight.replica is not None:
+        except TransportError as error:
+            if flight.replica is not None and not isinstance(error, ReplyAbandoned):
                 self._replicas.lost(flight.replica)
             raise
         finally:

@@ -44,6 +44,10 @@ class CallFailed(Exception):
     """No answer: connection lost or refused, deadline passed, or the group broke inside."""
 
 
+class CallAbandoned(CallFailed):
+    """The caller's own time limit passed, or it cancelled: nothing is said about the peer."""
+
+
 class Reply(Protocol):
     """An answer that is on its way. Where nobody takes it, it is dropped when it arrives."""
 
@@ -185,10 +189,11 @@ class _UnaryReply:
                 raise ExpertNotResident(error.details()) from error
             if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
                 raise RequestError(error.details()) from error
-            raise CallFailed(f"{self._where}: {error.code().name}: {error.details()}") from error
+            kind = CallAbandoned if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED else CallFailed
+            raise kind(f"{self._where}: {error.code().name}: {error.details()}") from error
         except (grpc.FutureTimeoutError, grpc.FutureCancelledError) as error:
             self._future.cancel()
-            raise CallFailed(f"{self._where}: no reply within the deadline") from error
+            raise CallAbandoned(f"{self._where}: no reply within the call's time limit") from error
 
     def cancel(self) -> None:
         self._future.cancel()

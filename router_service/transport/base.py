@@ -16,6 +16,10 @@ class TransportError(Exception):
     """The replica did not answer: connection lost, refused, or deadline passed. The call may be sent elsewhere."""
 
 
+class ReplyAbandoned(TransportError):
+    """The caller's own time limit passed, or it cancelled: nothing is said about the replica."""
+
+
 class PendingReply(Protocol):
     """A call that is out."""
 

@@ -9,9 +9,9 @@ import torch
 
 from experts.node_call import NodeCall
 from experts.spec import ExpertCall
-from experts.wire.client import CallFailed, ExpertClient, Reply
+from experts.wire.client import CallAbandoned, CallFailed, ExpertClient, Reply
 from router_service.placement import GroupReplica
-from router_service.transport.base import TransportError, relay_of
+from router_service.transport.base import ReplyAbandoned, TransportError, relay_of
 
 WireDtype = Literal["model", "bf16", "fp8"]
 
@@ -30,6 +30,8 @@ class _Reply:
     def result(self, timeout_s: float | None = None) -> torch.Tensor:
         try:
             return self._reply.result(timeout_s)
+        except CallAbandoned as error:
+            raise ReplyAbandoned(str(error)) from error
         except CallFailed as error:
             raise TransportError(str(error)) from error
 

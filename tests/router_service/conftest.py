@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from experts.errors import ExpertNotResident
+from experts.errors import ExpertNotResident, RequestError
 from router_service.placement import GroupReplica, PlacementTable, balanced
 from router_service.transport.in_process import InProcessTransport
 
@@ -34,6 +34,9 @@ class TinyGroup:
 
     def forward(self, call):
         self.calls.append(call)
+        width = self.experts.weight_EHH.shape[1]
+        if call.hidden_TH.shape[1] != width:
+            raise RequestError(f"hidden is {call.hidden_TH.shape[1]} wide, these experts take {width}", "hidden")
         partial_TH = torch.zeros(call.hidden_TH.shape, dtype=torch.float32)
         offsets = call.offsets_S1.tolist()
         assert offsets[0] == 0

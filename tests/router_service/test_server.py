@@ -1,0 +1,244 @@
+import dataclasses
+import threading
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from experts.errors import ConfigError
+from experts.server import ExpertServer
+from experts.wire.v1 import expert_pb2
+from router_service.gating.build import build_gate
+from router_service.gating.gate import GateSpec
+from router_service.router import Router
+from router_service.server import RouterServer
+from router_service.transport.grpc_stream import GrpcTransport
+from router_service.wire.v1 import router_pb2 as pb
+from router_service.wire.v1 import router_pb2_grpc
+
+
+def tensor(hidden_TH):
+    return expert_pb2.Tensor(dtype=expert_pb2.DTYPE_FLOAT32, shape=hidden_TH.shape, data=hidden_TH.numpy().tobytes())
+
+
+def read(reply):
+    return torch.frombuffer(bytearray(reply.combined.data), dtype=torch.float32).view(*reply.combined.shape)
+
+
+@pytest.fixture
+def mesh(make_mesh):
+    return make_mesh(num_groups=2)
+
+
+@pytest.fixture
+def gate():
+    torch.manual_seed(0)
+    return build_gate(GateSpec(system="mixtral", num_experts=16, num_experts_per_tok=2), torch.randn(16, 8), None)
+
+
+@pytest.fixture
+def router(mesh, gate):
+    """A router over real ExpertServers."""
+    servers = {replica.replica: ExpertServer(mesh.groups[replica.replica]) for replica in mesh.table.replicas}
+    for server in servers.values():
+        server.start()
+    router = Router(GrpcTransport(), {0: gate}, recovery_timeout_s=10.0)
+    replicas = [dataclasses.replace(r, address=servers[r.replica].address) for r in mesh.table.replicas]
+    router.update(dataclasses.replace(mesh.table, replicas=tuple(replicas)))
+    yield router
+    router.close()
+    for server in servers.values():
+        server.stop(0)
+
+
+@pytest.fixture
+def channel(router):
+    server = RouterServer(router)
+    server.start()
+    with grpc.insecure_channel(server.address) as channel:
+        yield channel
+    server.stop(0)
+
+
+@pytest.fixture
+def stub(channel):
+    return router_pb2_grpc.RouterServiceStub(channel)
+
+
+def dispatch_request(hidden_TH, ids_TK, weights_TK, **change):
+    fields = {
+        "call_id": 7,
+        "experts_per_token": ids_TK.shape[1],
+        "expert_ids": ids_TK.int().numpy().tobytes(),
+        "weights": weights_TK.numpy().tobytes(),
+        "hidden": tensor(hidden_TH),
+    }
+    return pb.DispatchRequest(**(fields | change))
+
+
+def test_forward_and_dispatch_answer_as_the_router_does(mesh, router, gate, stub):
+    hidden_TH, ids_TK, weights_TK = mesh.batch(20)
+    reply = stub.Forward(pb.RouteRequest(call_id=3, hidden=tensor(hidden_TH)), timeout=20)
+    assert reply.call_id == 3
+    assert torch.equal(read(reply), router.route(0, hidden_TH).result())
+    reply = stub.Dispatch(dispatch_request(hidden_TH, ids_TK, weights_TK))
+    assert reply.call_id == 7
+    torch.testing.assert_close(
+        read(reply).double(), mesh.experts.reference(hidden_TH, ids_TK, weights_TK), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_stream_takes_either_and_survives_a_bad_call(mesh, router, stub):
+    batch = mesh.batch(5)
+    route = pb.RouteRequest(call_id=1, hidden=tensor(batch[0]))
+    requests = [
+        pb.StreamRequest(route=route),
+        pb.StreamRequest(dispatch=dispatch_request(*batch, layer=9)),
+        pb.StreamRequest(),
+        pb.StreamRequest(dispatch=dispatch_request(*batch, call_id=4)),
+    ]
+    replies = list(stub.Stream(iter(requests)))
+    assert [reply.call_id for reply in replies] == [1, 7, 0, 4]
+    assert [reply.failure.code for reply in replies] == [0, 3, 3, 0]
+    assert "layer 9" in replies[1].failure.message
+    assert "call:" in replies[2].failure.message
+    assert torch.equal(read(replies[0]), router.route(0, batch[0]).result())
+    assert torch.equal(read(replies[3]), router.dispatch(0, *batch).result())
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"layer": 5}, "layer"),
+        ({"experts_per_token": 0}, "experts_per_token"),
+        ({"expert_ids": b"123"}, "expert_ids"),
+        ({"expert_ids": torch.full((4, 4), 16, dtype=torch.int32).numpy().tobytes()}, "expert_ids"),
+        ({"weights": b""}, "weights"),
+        ({"hidden": tensor(torch.zeros(4, 8))}, ""),
+        ({"hidden": tensor(torch.zeros(4, 9))}, "hidden"),
+        ({"hidden": tensor(torch.zeros(4, 2, 4))}, "hidden"),
+        ({"hidden": expert_pb2.Tensor(dtype=9, shape=[4, 8], data=bytes(128))}, "hidden.dtype"),
+        ({"hidden": expert_pb2.Tensor(dtype=1, shape=[4, 8], data=bytes(12))}, "hidden.data"),
+    ],
+)
+def test_bad_dispatches_are_invalid_arguments_that_name_the_field(mesh, stub, change, field):
+    request = dispatch_request(*mesh.batch(4), **change)
+    if not field:
+        stub.Dispatch(request)
+        return
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Dispatch(request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert field in caught.value.details()
+
+
+def test_bad_routes_are_invalid_arguments_that_name_the_field(stub):
+    for request, field in [
+        (pb.RouteRequest(layer=4, hidden=tensor(torch.zeros(2, 8))), "layer 4"),
+        (pb.RouteRequest(hidden=tensor(torch.zeros(2, 7))), "hidden is 7 wide"),
+        (pb.RouteRequest(), "hidden"),
+    ]:
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Forward(request)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert field in caught.value.details()
+
+
+def test_placement_can_be_read_and_watched(mesh, router, stub):
+    placement = stub.GetPlacement(pb.GetPlacementRequest())
+    assert placement.version == mesh.table.version
+    assert [replica.group for replica in placement.replicas] == [0, 1]
+    groups = {(expert.layer, expert.expert): tuple(expert.groups) for expert in placement.experts}
+    assert groups == {(0, expert): holders for expert, holders in enumerate(mesh.table.holders[0])}
+    watch = stub.WatchPlacement(pb.GetPlacementRequest(), timeout=20)
+    assert next(watch).version == mesh.table.version
+    router.update(dataclasses.replace(router.table, version=mesh.table.version + 5))
+    assert next(watch).version == mesh.table.version + 5
+    watch.cancel()
+
+
+class Stuck:
+    """A group whose first call waits, and which tells how the later ones came."""
+
+    def __init__(self, group):
+        self.group, self.entered, self.go = group, threading.Event(), threading.Event()
+
+    def forward(self, call):
+        self.entered.set()
+        assert self.go.wait(20)
+        return self.group.forward(call)
+
+
+def test_deadlines_and_cancellation_reach_the_experts(make_mesh, gate):
+    mesh = make_mesh(num_groups=1)
+    stuck = Stuck(mesh.groups[mesh.replica(0)])
+    seen = []
+
+    class Watching(ExpertServer):
+        def _forward(self, request, context):
+            ended = threading.Event()
+            seen.append(ended)
+            context.add_callback(ended.set)
+            return super()._forward(request, context)
+
+    expert = Watching(stuck)
+    expert.start()
+    router = Router(GrpcTransport(), {0: gate}, recovery_timeout_s=60.0)
+    replica = dataclasses.replace(mesh.table.replicas[0], address=expert.address)
+    router.update(dataclasses.replace(mesh.table, replicas=(replica,)))
+    server = RouterServer(router)
+    server.start()
+    request = pb.RouteRequest(hidden=tensor(torch.ones(1, 8)))
+    try:
+        with grpc.insecure_channel(server.address) as channel:
+            stub = router_pb2_grpc.RouterServiceStub(channel)
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Forward(request, timeout=0.3)
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert seen[0].wait(10), "the expert's RPC outlived the caller's deadline"
+            stuck.entered.clear()
+            call = stub.Forward.future(request)
+            assert stuck.entered.wait(10)
+            call.cancel()
+            assert seen[1].wait(10), "the expert's RPC outlived its caller"
+            # Neither made the replica look lost: the next call is served at once.
+            stuck.go.set()
+            stub.Forward(request, timeout=10)
+            assert router.counters.failovers == 0
+    finally:
+        stuck.go.set()
+        server.stop(0)
+        router.close()
+        expert.stop(0)
+
+
+def test_an_unavailable_group_is_unavailable(make_mesh, gate):
+    mesh = make_mesh(num_groups=1)
+    router = Router(GrpcTransport(), {0: gate}, recovery_timeout_s=0.05)
+    router.update(dataclasses.replace(mesh.table, replicas=()))
+    server = RouterServer(router)
+    server.start()
+    with grpc.insecure_channel(server.address) as channel:
+        with pytest.raises(grpc.RpcError, match="expert group 0") as caught:
+            router_pb2_grpc.RouterServiceStub(channel).Forward(pb.RouteRequest(hidden=tensor(torch.ones(1, 8))))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    server.stop(0)
+    router.close()
+
+
+def test_health_and_reflection(channel):
+    service = "expertmesh.router.v1.RouterService"
+    reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+    assert reply.status == health_pb2.HealthCheckResponse.SERVING
+    ask = reflection_pb2.ServerReflectionRequest(list_services="")
+    (listed,) = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([ask]))
+    assert service in {each.name for each in listed.list_services_response.service}
+
+
+def test_a_taken_port_is_an_error_that_names_it(router):
+    first = RouterServer(router)
+    port = int(first.address.rpartition(":")[2])
+    with pytest.raises(ConfigError, match=str(port)):
+        RouterServer(router, port=port)
