@@ -23,6 +23,7 @@ from experts.errors import ConfigError, GroupUnavailable, QueueFull, RequestErro
 
 _LOG = logging.getLogger(__name__)
 _FINISH_RATE_WINDOW = 32
+_STOP_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,12 +129,17 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the current step; whatever is unfinished gets an `abort` event."""
+        """End after the current step; whatever is unfinished gets an `abort` event.
+
+        A step that waits for a lost group is not waited for: its thread ends with the process.
+        """
         with self._changed:
             self._stopping = True
             self._changed.notify()
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(_STOP_TIMEOUT_S)
+            if self._thread.is_alive():
+                _LOG.warning("the current step has not ended after %g s; leaving it", _STOP_TIMEOUT_S)
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, on_event: Callable[[TokenEvent], None]) -> int:
         """Queue a sequence; its id. `on_event` is called from the engine's thread and must not block.

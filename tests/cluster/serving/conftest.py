@@ -65,6 +65,12 @@ def reference_model(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], A
 
 
 @pytest.fixture(scope="session")
+def reference_router() -> Callable[..., ReferenceRouter]:
+    """(transformers' model, gates) -> router over its experts."""
+    return ReferenceRouter
+
+
+@pytest.fixture(scope="session")
 def connected_skeleton(
     tiny_checkpoint: Callable[[str], Path], reference_model: Callable[[str], Any]
 ) -> Callable[[str], tuple[ModelSkeleton, Any]]:

@@ -67,6 +67,25 @@ def test_logits_equal_transformers(family: str, connected_skeleton: Connect) -> 
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_bfloat16_is_as_close_as_transformers_own(
+    family: str,
+    tiny_checkpoint: Callable[[str], Path],
+    connected_skeleton: Connect,
+    reference_router: Callable[..., Any],
+) -> None:
+    _, reference = connected_skeleton(family)
+    rounded = copy.deepcopy(reference).to(torch.bfloat16)
+    skeleton = load_skeleton(tiny_checkpoint(family), dtype=torch.bfloat16, device=torch.device("cpu"))
+    skeleton.connect(reference_router(rounded, dict(skeleton.gates)))
+    prompt = torch.arange(60)
+    (logits,) = logits_in_chunks(skeleton, [prompt], [25, 1, 34])
+    with torch.inference_mode():
+        expected, theirs = reference(prompt[None]).logits[0], rounded(prompt[None]).logits[0].float()
+    # The median, because rounding flips an expert here and there, in theirs as in ours.
+    assert (logits - expected).abs().median() <= 1.5 * (theirs - expected).abs().median()
+
+
 @pytest.mark.parametrize("family", EVERY)
 def test_holds_no_expert(
     family: str, tiny_checkpoint: Callable[[str], Path], reference_model: Callable[[str], Any]
