@@ -63,9 +63,30 @@ class EplbConfig(_Section):
     min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.05
 
 
+class WorkerGroupConfig(_Section):
+    """A Kubernetes worker group as scaling counts it: Serve replicas that one pod takes, and bounds in pods."""
+
+    replicas_per_pod: Annotated[int, Field(ge=1)]
+    min_pods: Annotated[int, Field(ge=0)] = 1
+    max_pods: Annotated[int, Field(ge=1)]
+
+
+class WorkerGroupsConfig(_Section):
+    ray_service: str = "expertmesh"
+    namespace: str | None = Field(None, description="The pod's own where not given")
+    shrink_after_s: Annotated[float, Field(ge=0)] = 600.0
+    engine: WorkerGroupConfig
+    experts: WorkerGroupConfig
+
+
 class AutoscalingSection(_Section):
     engine: dict[str, Any] | None = None
     experts: dict[str, Any] | None = None
+    worker_groups: WorkerGroupsConfig | None = Field(
+        None,
+        description="Makes the controller the owner of `replicas` of a RayCluster's worker groups: pods are asked for "
+        "when a policy wants replicas. Absent: Ray's autoscaler owns them, or whoever wrote the manifest",
+    )
 
 
 class HttpConfig(_Section):
