@@ -6,6 +6,7 @@ a process seconds and hundreds of megabytes), and whoever builds the application
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,12 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.config.load import parse_mesh
 from cluster.control.client import ServeControllerClient
+from cluster.topology import read_topology
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from cluster.config.mesh import MeshConfig
     from cluster.control.controller import Assignment
     from experts.spec import ExpertKey
     from router_service.placement import GroupReplica, PlacementTable
@@ -63,6 +66,9 @@ class ControllerActor:
     async def leave(self, replica: str) -> None:
         await self._controller.leave(replica)
 
+    async def load_share(self, replica: str, tokens_per_s: float) -> float:
+        return await self._controller.load_share(replica, tokens_per_s)
+
     async def watch(self, known_version: int) -> AsyncIterator[PlacementTable]:
         async for table in self._controller.watch(known_version):
             yield table
@@ -83,7 +89,7 @@ class GroupActor:
         context = ray.get_runtime_context()
         identity = HostIdentity(
             replica=serve.get_replica_context().replica_tag,
-            node=context.get_node_id(),
+            node=_this_machine(),
             host=ray.util.get_node_ip_address(),
             actor=context.get_actor_name() or "",
         )
@@ -95,6 +101,9 @@ class GroupActor:
         )
         serve_calls(identity.replica, self._host.group)
         await self._host.start()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return self._host.meter.stats()
 
     async def check_health(self) -> None:
         self._host.check()
@@ -117,7 +126,9 @@ class EngineActor:
         self._host = EngineHost(
             config=config,
             controller=ServeControllerClient(controller) if controller is not None else None,
-            transport=_transport(config.router.transport),
+            transport=_transport(config),
+            node=_this_machine(),
+            address=ray.util.get_node_ip_address(),
         )
         await self._host.start()
 
@@ -132,16 +143,31 @@ class EngineActor:
             await host.stop()
 
 
-def _transport(name: str) -> Transport | None:
-    if name == "grpc":
+def _transport(config: MeshConfig) -> Transport | None:
+    if config.router.transport == "grpc":
         from router_service.transport.grpc_stream import GrpcTransport
 
-        return GrpcTransport()
-    if name == "ray":
+        wire_dtype = config.router.wire_dtype
+        return GrpcTransport(wire_dtype="model" if wire_dtype == "auto" else wire_dtype)
+    if config.router.transport == "ray":
         from router_service.transport.ray_refs import RayRefsTransport
 
         return RayRefsTransport(namespace="serve")
     return None
+
+
+def _this_machine() -> str:
+    """Its name in placement tables: several Ray nodes may share a machine."""
+    node_id: str = ray.get_runtime_context().get_node_id()
+    in_kubernetes = "KUBERNETES_SERVICE_HOST" in os.environ
+    return read_topology(ray.nodes(), _pod_labels if in_kubernetes else None)[node_id].node
+
+
+def _pod_labels() -> Mapping[str, Mapping[str, str]]:
+    from cluster.kubernetes.connect import connect, own_namespace
+    from cluster.kubernetes.nodes import labels_by_pod_ip
+
+    return labels_by_pod_ip(connect(), own_namespace())
 
 
 # A dead actor should be noticed within a second. Serve's requests in progress are not our calls in flight: those go

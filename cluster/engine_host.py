@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
 
 from cluster.config.mesh import MeshConfig
 from cluster.control.client import ControllerClient
 from cluster.control.follow import follow_tables
 from cluster.engine_limits import engine_limits
 from cluster.model_files import expert_backend, open_checkpoint, pick_device, pick_dtype, served_name
+from cluster.observe.expert_metrics import ExpertMetrics
 from cluster.serving.engine import Engine
 from cluster.serving.health import GroupHealth, Health
 from cluster.serving.openai_api import create_app
@@ -34,14 +36,26 @@ class EngineHost:
 
     controller, transport: who publishes placement tables and how calls reach the groups in them; None with
     `router.transport: in_process`, where the experts live in this process.
+    node:    this machine as placement tables name it; groups of another one then share a message; None: they do not
+    address: where RouterService listens, if it is offered
 
     Raises CheckpointError or ConfigError where the model cannot be read.
     """
 
-    def __init__(self, *, config: MeshConfig, controller: ControllerClient | None, transport: Transport | None) -> None:
+    def __init__(
+        self,
+        *,
+        config: MeshConfig,
+        controller: ControllerClient | None,
+        transport: Transport | None,
+        node: str | None = None,
+        address: str = "127.0.0.1",
+    ) -> None:
         self._config = config
         self._controller = controller
         self._transport = transport
+        self._node = node
+        self._address = address
         self._api_keys = _read_api_keys(config.http.api_keys_file)
         self._has_table = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
@@ -69,6 +83,9 @@ class EngineHost:
             skeleton.gates,
             recovery_timeout_s=config.router.recovery_timeout_s,
             on_expert_loss=config.experts.on_expert_loss,
+            node=self._node if config.router.transport == "grpc" else None,
+            max_nodes_per_token=config.router.max_nodes_per_token,
+            node_limit_mode=config.router.node_limit_mode,
         )
         skeleton.connect(self._router)
         max_model_len, kv_cache_memory = engine_limits(
@@ -89,6 +106,7 @@ class EngineHost:
             model_name=served_name(config.model),
             health=self._health,
             api_keys=self._api_keys,
+            registry=self._registry(self._router),
         )
         if table is not None:
             self._router.update(table)
@@ -117,6 +135,18 @@ class EngineHost:
         if dtype is not torch.float32 and device.type == "cpu":
             raise ConfigError(f"model.dtype: {self._config.model.dtype} is for GPUs; use auto or float32 on a CPU")
         return load_skeleton(checkpoint, dtype=dtype, device=device), load_tokenizer(checkpoint.directory)
+
+    def _registry(self, router: Router) -> CollectorRegistry:
+        registry = CollectorRegistry()
+        registry.register(
+            ExpertMetrics(
+                model_name=served_name(self._config.model),
+                transport=self._config.router.transport,
+                counters=router.counters,
+                table=lambda: router.table,
+            )
+        )
+        return registry
 
     def _on_table(self, table: PlacementTable) -> None:
         assert self._router is not None

@@ -9,11 +9,12 @@ import os
 import time
 from dataclasses import dataclass
 
+from cluster.autoscale.meter import GroupMeter
 from cluster.config.mesh import MeshConfig
 from cluster.control.client import ControllerClient
 from cluster.control.controller import Assignment
+from cluster.metered_group import MeteredGroup
 from cluster.model_files import expert_backend, open_checkpoint, pick_device
-from experts.group import ExpertGroup
 from experts.server import ExpertServer
 from experts.weights.layout import describe_experts
 from router_service.placement import GroupReplica
@@ -21,6 +22,7 @@ from router_service.placement import GroupReplica
 log = logging.getLogger(__name__)
 _RETRY_S = 0.5
 _PROGRESS_S = 0.5
+_REPORT_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,8 @@ class GroupHost:
         device = pick_device(config.experts.device)
         cores_each = max(1, len(os.sched_getaffinity(0)) // config.experts.groups)
         backend = expert_backend(config, self._layout.spec, model_config, device, num_threads=cores_each)
-        self.group = ExpertGroup(group, self._layout.spec, backend)
+        self.meter = GroupMeter(time.monotonic)
+        self.group = MeteredGroup(group, self._layout.spec, backend, self.meter)
         host = identity.host if config.experts.listen_host == "auto" else config.experts.listen_host
         self._server = ExpertServer(self.group, host=host)
         self._device = str(device)
@@ -90,6 +93,7 @@ class GroupHost:
     async def _stay_member(self) -> None:
         """Join, load, be ready; when the controller is lost, announce to the next one what is held already."""
         while True:
+            # A task group wraps what ends it, so a failure to load and a lost controller are told apart here.
             try:
                 resident = frozenset(self.group.describe().checksums)
                 assignment = await self._controller.join(
@@ -98,13 +102,25 @@ class GroupHost:
                 await self._load(assignment)
                 await self._controller.ready(self._me.replica)
                 self._entered.set()
-                async for table in self._controller.watch(self._version):
-                    self._version = table.version
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._follow())
+                    tasks.create_task(self._report_load())
             except (ValueError, asyncio.CancelledError):
                 raise  # a model that cannot be loaded stays so
             except Exception as error:  # whatever Ray raises for a controller that died
                 log.warning("lost the controller (%s); joining again", type(error).__name__)
             await asyncio.sleep(_RETRY_S)
+
+    async def _follow(self) -> None:
+        async for table in self._controller.watch(self._version):
+            self._version = table.version
+        raise ConnectionError("the controller ended its watch")
+
+    async def _report_load(self) -> None:
+        while True:
+            await asyncio.sleep(_REPORT_S)
+            tokens_per_s = self.meter.stats()["tokens_per_s"]
+            self.meter.set_load_share(await self._controller.load_share(self._me.replica, tokens_per_s))
 
     async def _load(self, assignment: Assignment) -> None:
         loop, told = asyncio.get_running_loop(), 0.0

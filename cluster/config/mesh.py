@@ -41,6 +41,9 @@ class RouterConfig(_Section):
     node_limit_mode: Literal["exact", "restrict"] = "exact"
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
     recovery_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    service_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        None, description="Offer RouterService over gRPC on this port of each engine; 0: any free one; null: not"
+    )
 
 
 class EngineConfig(_Section):

@@ -20,6 +20,7 @@ class ControllerClient(Protocol):
     async def progress(self, replica: str, loaded_bytes: int, total_bytes: int) -> None: ...
     async def ready(self, replica: str) -> None: ...
     async def leave(self, replica: str) -> None: ...
+    async def load_share(self, replica: str, tokens_per_s: float) -> float: ...
     def watch(self, known_version: int) -> AsyncIterator[PlacementTable]: ...
 
 
@@ -45,6 +46,10 @@ class ServeControllerClient:
 
     async def leave(self, replica: str) -> None:
         await self._handle.leave.remote(replica)
+
+    async def load_share(self, replica: str, tokens_per_s: float) -> float:
+        share: float = await self._handle.load_share.remote(replica, tokens_per_s)
+        return share
 
     async def watch(self, known_version: int) -> AsyncIterator[PlacementTable]:
         async for table in self._handle.options(stream=True).watch.remote(known_version):

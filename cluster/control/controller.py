@@ -38,6 +38,7 @@ class _Member:
     ready: bool = False
     loaded_bytes: int = 0
     total_bytes: int = 0
+    tokens_per_s: float = 0.0
     watcher: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
@@ -112,6 +113,16 @@ class Controller:
     async def leave(self, replica: str) -> None:
         """The replica is about to stop: it leaves the table before it stops answering."""
         await self._remove(replica, "it is stopping")
+
+    async def load_share(self, replica: str, tokens_per_s: float) -> float:
+        """A replica tells its rate and learns its group's rate over the mean over groups (1.0 while all are idle)."""
+        member = self._members.get(replica)
+        if member is None:
+            return 1.0
+        member.tokens_per_s = tokens_per_s
+        of_group = sum(m.tokens_per_s for m in self._members.values() if m.replica.group == member.replica.group)
+        mean = sum(m.tokens_per_s for m in self._members.values()) / self._num_groups
+        return of_group / mean if mean > 0 else 1.0
 
     async def watch(self, known_version: int) -> AsyncIterator[PlacementTable]:
         """Every table newer than `known_version`, as it is published; ends only with the caller."""
