@@ -1,0 +1,17 @@
+"""`expertmesh bench`: the benchmarks, one command each."""
+
+from __future__ import annotations
+
+import typer
+
+from cluster.bench import dispatch, experts, serve
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command("serve", help="This server and its peers: same checkpoint, same prompts.")(serve.command)
+app.command("experts", help="This CPU's experts beside transformers' own.")(experts.command)
+app.command("dispatch", help="Dispatch and combine beside a bare gRPC echo.")(dispatch.command)
+
+
+@app.callback()
+def _root() -> None:
+    """Benchmarks: each measures both sides in one run."""
