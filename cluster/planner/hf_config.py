@@ -19,6 +19,8 @@ Config = Mapping[str, Any]
 _EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 _SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+_LARGEST = 10_000_000
+_MOST_LAYERS = 10_000
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _QK_NORM = {"qwen3_moe", "glm4_moe"}
 _EXPERT_BIAS = {"gpt_oss"}
@@ -68,8 +70,8 @@ class _Keys:
         value = self.config.get(key)
         if value is None:
             return None
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ConfigError(f"{self.source}: {key} is {value!r}, a whole number of at least 0 is needed")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LARGEST:
+            raise ConfigError(f"{self.source}: {key} is {value!r}, a whole number from 0 to {_LARGEST} is needed")
         return value
 
     def first(self, names: tuple[str, ...]) -> int | None:
@@ -81,6 +83,12 @@ class _Keys:
             raise ConfigError(f"{self.source}: {' or '.join(names)} is missing; add it as the model's card states it")
         return value
 
+    def listing(self, key: str) -> list[Any]:
+        value = self.config.get(key) or []
+        if not isinstance(value, list):
+            raise ConfigError(f"{self.source}: {key} is {value!r}, a list is needed")
+        return value
+
     def flag(self, key: str, default: bool) -> bool:
         value = self.config.get(key, default)
         if not isinstance(value, bool):
@@ -90,15 +98,17 @@ class _Keys:
 
 def _check_attention(keys: _Keys) -> None:
     """Refuses layers that are neither attention nor MoE: counting them as attention would be silently wrong."""
-    kinds = set(keys.config.get("layer_types") or ()) - {"full_attention", "sliding_attention", "chunked_attention"}
+    kinds = set(map(str, keys.listing("layer_types"))) - {"full_attention", "sliding_attention", "chunked_attention"}
     if kinds or "attn_layer_period" in keys.config:
-        named = ", ".join(sorted(map(str, kinds))) or "state-space layers"
+        named = ", ".join(sorted(kinds)) or "state-space layers"
         raise ConfigError(f"{keys.source}: layer_types has {named}; the planner knows softmax attention only")
 
 
 def _decoder(keys: _Keys, experts: int) -> Architecture:
     config, model_type = keys.config, str(keys.config.get("model_type", ""))
     layers = keys.required("num_hidden_layers")
+    if layers > _MOST_LAYERS:
+        raise ConfigError(f"{keys.source}: num_hidden_layers is {layers}; at most {_MOST_LAYERS} are planned for")
     intermediate = keys.first(("moe_intermediate_size",)) or keys.required("intermediate_size")
     shared = keys.optional("shared_expert_intermediate_size")
     return Architecture(
@@ -190,17 +200,17 @@ def _attention(keys: _Keys, model_type: str) -> GroupedQueryAttention | LatentAt
 
 
 def _is_moe_layer(keys: _Keys, layer: int) -> bool:
-    kinds = keys.config.get("mlp_layer_types")
-    if isinstance(kinds, list):
+    if kinds := keys.listing("mlp_layer_types"):
         return layer < len(kinds) and kinds[layer] == "sparse"
-    if layer in (keys.config.get("mlp_only_layers") or ()):
+    if layer in keys.listing("mlp_only_layers"):
         return False
     step = keys.optional("decoder_sparse_step") or keys.optional("moe_layer_interval") or 1
-    frequency = keys.config.get("moe_layer_freq", 1)
-    if isinstance(frequency, list):
-        return layer < len(frequency) and bool(frequency[layer])
+    if isinstance(keys.config.get("moe_layer_freq"), list):
+        frequencies = keys.listing("moe_layer_freq")
+        return layer < len(frequencies) and bool(frequencies[layer])
+    frequency = keys.optional("moe_layer_freq") or 1
     dense_first = keys.first(("first_k_dense_replace", "moe_layer_start_index")) or 0
-    return layer >= dense_first and layer % (frequency or 1) == 0 and (layer + 1) % step == 0
+    return layer >= dense_first and layer % frequency == 0 and (layer + 1) % step == 0
 
 
 def _dtype_bytes(keys: _Keys) -> int:

@@ -15,6 +15,7 @@ from cluster.planner.traffic import Traffic, plan_traffic
 from experts.errors import ConfigError
 
 PREFILL_TOKENS = 2048
+_MOST_GPUS = 8192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +112,8 @@ def _check(request: PlanRequest) -> None:
     for flag, value in (("--nodes", request.nodes), ("--gpus-per-node", request.gpus_per_node)):
         if value < 1:
             raise ConfigError(f"{flag} {value}: at least 1 is needed")
+    if request.nodes * request.gpus_per_node > _MOST_GPUS:
+        raise ConfigError(f"--nodes {request.nodes}: at most {_MOST_GPUS} GPUs are planned for")
     if request.nodes * request.gpus_per_node < 2:
         raise ConfigError("1 GPU: an engine and an expert group need one each; give --nodes or --gpus-per-node 2")
     if request.context < 1:

@@ -72,6 +72,7 @@ def test_a_cache_that_limits_the_batch_is_what_binds(request_for: RequestFor) ->
     ("changes", "message"),
     [
         ({"nodes": 0}, "--nodes 0"),
+        ({"nodes": 100_000}, "at most 8192 GPUs"),
         ({"gpus_per_node": -1}, "--gpus-per-node -1"),
         ({"gpus_per_node": 1}, "1 GPU"),
         ({"context": 0}, "--context 0"),
