@@ -2,7 +2,12 @@
 
 Every variant gets the same weights and the same routed tokens, in one process and in turns, so that a change of the
 machine's mood meets all of them. A row's time covers what a layer has to do once the gate has spoken: sort by
-expert, multiply, weight and sum.
+expert, multiply, weight and sum. Weights are bfloat16 numbers, as in nearly every published checkpoint:
+
+    lossless   quantization none of a bfloat16 checkpoint: held in float16, which loses nothing of them
+    float32    quantization none of a float32 checkpoint with the same numbers
+    int8       quantization int8
+    eager, grouped_mm, batched_mm   transformers with the same numbers in float32
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from experts.ops.sort import sort_by_expert
 from experts.spec import ExpertSpec, ExpertWeights
 
 TOKENS = (1, 8, 32, 512)
-OURS = {"float32": "none", "float16": "fp16", "int8": "int8"}
+OURS = {"lossless": ("none", torch.bfloat16), "float32": ("none", torch.float32), "int8": ("int8", torch.float32)}
 TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
 
 # batched_mm copies the weights of every routed row; where that takes more, it is not run.
@@ -81,10 +86,11 @@ def run(
     seconds: how long each combination of shape and tokens is measured
 
     rows: shape, tokens, variant, ms (median), relative_error (norm of the difference to float64 over its norm). Two
-    variants are not experts: `torch.mm` is a square float32 product of the same number of operations, `memory` the
-    reading of the float32 weights that the tokens hit; both have relative_error 0.
-    summary: ratios of times, more than 1 is faster than transformers' fastest variant of the same row;
-    mm_fraction_t512 and read_fraction_t1 are the float32 variant's share of `torch.mm` and `memory`, by shape.
+    variants are not experts and have relative_error 0: `torch.mm` is a square float32 product of the same number of
+    operations, `memory` the reading of as many bytes as `lossless` holds for the experts that one token hits.
+    summary: ratios of times, more than 1 is faster than transformers' fastest variant of the same row, of `lossless`
+    and of `int8`; mm_fraction_t512 and read_fraction_t1 are how much of `torch.mm`'s and `memory`'s rate `lossless`
+    reaches, by shape.
     """
     torch.set_num_threads(threads)
     rows: list[dict[str, Any]] = []
@@ -110,11 +116,11 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return [fastest[point] / ms[*point, variant] for point in points]
 
     def fraction(of: str, tokens: int) -> dict[str, float]:
-        return {shape: ms[shape, t, of] / ms[shape, t, "float32"] for shape, t in points if t == tokens}
+        return {shape: ms[shape, t, of] / ms[shape, t, "lossless"] for shape, t in points if t == tokens}
 
     return {
-        "geomean_vs_transformers": statistics.geometric_mean(ratios("float32")),
-        "min_vs_transformers": min(ratios("float32")),
+        "geomean_vs_transformers": statistics.geometric_mean(ratios("lossless")),
+        "min_vs_transformers": min(ratios("lossless")),
         "int8_geomean_vs_transformers": statistics.geometric_mean(ratios("int8")),
         "mm_fraction_t512": fraction("torch.mm", 512),
         "read_fraction_t1": fraction("memory", 1),
@@ -137,16 +143,19 @@ class _ShapeBench:
         generator = torch.Generator().manual_seed(0)
         self._theirs.gate_up_proj.normal_(std=hidden**-0.5, generator=generator)
         self._theirs.down_proj.normal_(std=intermediate**-0.5, generator=generator)
+        for parameter in self._theirs.parameters():
+            parameter.copy_(parameter.bfloat16())
         self._spec = ExpertSpec(hidden_size=hidden, intermediate_size=intermediate)
         self._weights = [
             ExpertWeights(up_2IH=up, down_HI=down)
             for up, down in zip(self._theirs.gate_up_proj, self._theirs.down_proj, strict=True)
         ]
         self._backends: dict[str, CpuBackend] = {}
-        for variant, quantization in OURS.items():
+        for variant, (quantization, dtype) in OURS.items():
             backend = CpuBackend(self._spec, quantization=quantization, num_threads=threads)
             for slot, weights in enumerate(self._weights):
-                backend.load(slot, weights)
+                up, down = weights.up_2IH.to(dtype), weights.down_HI.to(dtype)
+                backend.load(slot, ExpertWeights(up_2IH=up, down_HI=down))
             self._backends[variant] = backend
 
     def measure(self, num_tokens: int, seconds: float) -> Iterator[tuple[str, float, float]]:
@@ -214,14 +223,14 @@ class _ShapeBench:
 
     def _baselines(self, num_tokens: int) -> dict[str, Variant]:
         """What the machine itself takes for as much: a product for 512 tokens, a read of memory for one."""
-        params = num_tokens * self._shape.top_k * self._shape.expert_params
         if num_tokens == 512:
-            side = round(params ** (1 / 3))
+            side = round((num_tokens * self._shape.top_k * self._shape.expert_params) ** (1 / 3))
             left, right = torch.randn(side, side), torch.randn(side, side)
             return {"torch.mm": lambda _: torch.mm(left, right)}
         if num_tokens == 1:
             weights = self._theirs.gate_up_proj.view(-1)
-            pieces = itertools.cycle(weights[: len(weights) // params * params].view(-1, params))
+            values = self._shape.top_k * self._backends["lossless"].nbytes(0) // weights.itemsize
+            pieces = itertools.cycle(weights[: len(weights) // values * values].view(-1, values))
             return {"memory": lambda _: next(pieces).sum()}
         return {}
 

@@ -60,6 +60,8 @@ class CpuBackend:
             )
         if quantization == "fp16" and not Float16Linear.is_supported():
             raise ConfigError("model.quantization: fp16 on CPU needs x86 with AVX2; use none or int8")
+        if quantization == "int8" and not Int8Format.is_supported():
+            raise ConfigError("model.quantization: int8 on CPU needs a torch with oneDNN; use none or fp16")
         self._spec = spec
         self._format: CpuFormat = FORMATS[quantization]()
         self._num_threads = num_threads

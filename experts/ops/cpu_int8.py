@@ -31,6 +31,11 @@ class Int8Format:
     def __init__(self) -> None:
         self._levels = row_levels()
 
+    @staticmethod
+    def is_supported() -> bool:
+        """Whether this torch has oneDNN."""
+        return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
     def pack(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> Int8Matrix:
         """See CpuFormat.pack."""
         weight = weight_OI.float()

@@ -91,10 +91,11 @@ def test_a_token_does_not_depend_on_its_batch(quantization: str) -> None:
         torch.testing.assert_close(together[t : t + 1], alone, rtol=1e-5, atol=1e-6)
 
 
-def test_nan_and_inf_stay_with_their_token() -> None:
+@pytest.mark.parametrize("quantization", FORMATS)
+def test_nan_and_inf_stay_with_their_token(quantization: str) -> None:
     generator = torch.Generator().manual_seed(2)
     spec = ExpertSpec(hidden_size=16, intermediate_size=8)
-    backend = CpuBackend(spec)
+    backend = CpuBackend(spec, quantization=quantization)
     for slot in range(NUM_EXPERTS):
         backend.load(slot, random_weights(spec, generator))
     hidden_TH = torch.randn(3, 16, generator=generator)
@@ -117,6 +118,35 @@ def test_tokens_without_experts_get_zero_and_an_empty_call_an_empty_answer() -> 
     assert got[1].ne(0).all()
     nothing = sort_by_expert(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1))
     assert backend.forward(torch.empty(0, 16), *nothing).shape == (0, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_checkpoints_lose_nothing_in_half_the_memory(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    spec = ExpertSpec(hidden_size=256, intermediate_size=128)
+    plain = random_weights(spec, generator)
+    weights = ExpertWeights(up_2IH=plain.up_2IH.to(dtype), down_HI=plain.down_HI.to(dtype))
+    backend = CpuBackend(spec)
+    backend.load(0, weights)
+    backend.load(1, plain)
+    assert backend.nbytes(0) * 2 == backend.nbytes(1) == 3 * 256 * 128 * 4
+    hidden_TH = torch.randn(9, 256, generator=generator)
+    rows = sort_by_expert(torch.zeros(9, 1, dtype=torch.int64), torch.ones(9, 1))
+    expected = expert_mlp_reference(spec, [weights], hidden_TH, *rows[1:])
+    assert (backend.forward(hidden_TH, *rows) - expected).norm() / expected.norm() < 1e-6
+
+
+def test_bfloat16_weights_out_of_float16s_range_stay_float32() -> None:
+    spec = ExpertSpec(hidden_size=64, intermediate_size=32)
+    tiny = ExpertWeights(up_2IH=torch.full((64, 64), 2.0**-20).bfloat16(), down_HI=torch.ones(64, 32).bfloat16())
+    tiny.up_2IH[3] *= 1.0078125
+    huge = ExpertWeights(up_2IH=torch.full((64, 64), 1e6).bfloat16(), down_HI=torch.ones(64, 32).bfloat16())
+    backend = CpuBackend(spec)
+    for slot, weights in enumerate((tiny, huge)):
+        backend.load(slot, weights)
+        assert backend.nbytes(slot) == 64 * 64 * 4 + 64 * 32 * 2
+    with pytest.raises(ConfigError, match="fp16 ends at 65504, but a weight of this checkpoint is 999424"):
+        CpuBackend(spec, quantization="fp16").load(0, huge)
 
 
 def test_bfloat16_weights_and_rows_are_computed_in_float32() -> None:
