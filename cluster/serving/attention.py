@@ -143,7 +143,11 @@ def _prefill(
     visible = span.visible_TL(window, query_HTD.device)
     heads, num_kv_heads = query_HTD.shape[0], key_HLD.shape[0]
     if softcap is None and s_aux is None and not absorbed:
-        out_HTV = F.scaled_dot_product_attention(
+        dim, value_dim = key_HLD.shape[-1], value_HLV.shape[-1]
+        if value_dim < dim:
+            # The flash kernels want values as long as keys; without them a long prompt takes twice the time.
+            value_HLV = F.pad(value_HLV, (0, dim - value_dim))
+        out_HTD = F.scaled_dot_product_attention(
             query_HTD[None],
             key_HLD[None],
             value_HLV[None],
@@ -152,6 +156,7 @@ def _prefill(
             scale=scale,
             enable_gqa=heads != num_kv_heads,
         )[0]
+        out_HTV = out_HTD[..., :value_dim]
     else:
         length, groups = query_HTD.shape[1], heads // num_kv_heads
         if visible is None:
