@@ -18,6 +18,8 @@ from cluster.serving.attention_batch import AttentionBatch, DecodeGroup, Prefill
 from cluster.serving.latent_attention import LatentProjections
 
 NAME = "expertmesh"
+# Scores that are held at once where no fused kernel can be used: 128 MiB of float32.
+_MAX_SCORES = 1 << 25
 
 
 class StepCache:
@@ -163,7 +165,16 @@ def _prefill(
             visible = torch.ones(length, span.end, dtype=torch.bool, device=query_HTD.device).tril()
         query_HGTD = query_HTD.reshape(num_kv_heads, groups, length, -1)
         sink_HG11 = None if s_aux is None else s_aux.view(num_kv_heads, groups, 1, 1)
-        out_HGTV = _weigh(query_HGTD, key_HLD, value_HLV, ~visible, scale, softcap, sink_HG11)
+        rows = max(1, _MAX_SCORES // (heads * span.end))
+        parts = [
+            _weigh(part_HGTD, key_HLD, value_HLV, ~visible_TL, scale, softcap, sink_HG11)
+            for part_HGTD, visible_TL in zip(
+                torch.split(query_HGTD, rows, dim=2),
+                torch.split(visible, rows),
+                strict=True,
+            )
+        ]
+        out_HGTV = torch.cat(parts, dim=2)
         out_HTV = out_HGTV.reshape(heads, length, -1)
     return out_HTV if latent is None or not absorbed else latent.unabsorb(out_HTV)
 

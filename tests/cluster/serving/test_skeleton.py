@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cluster.serving import attention
 from cluster.serving.attention_batch import AttentionBatch, Chunk
 from cluster.serving.kv_cache import KVCache
 from cluster.serving.moe_block import MoeBlock
@@ -65,6 +66,15 @@ def test_logits_equal_transformers(family: str, connected_skeleton: Connect) -> 
         with torch.inference_mode():
             expected = reference(prompt[None]).logits[0]
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_scores_in_parts_are_the_same(connected_skeleton: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    skeleton, reference = connected_skeleton("gpt_oss")
+    prompt = torch.arange(100)
+    monkeypatch.setattr(attention, "_MAX_SCORES", 4 * 100 * 7)
+    (logits,) = logits_in_chunks(skeleton, [prompt], [60, 40])
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, reference(prompt[None]).logits[0], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
