@@ -61,13 +61,14 @@ _HOPPER_WIDENED: Candidates = {
     128: (_decode(128, 128, 128, 3, 8), _decode(128, 64, 128, 3)),
     256: (_decode(128, 128, 128, 3, 8), _decode(128, 64, 128, 3)),
 }
-# 164 KiB of shared memory, no TMA (Triton lowers descriptors to pointers), no fp8 tensor cores.
+# 164 KiB of shared memory, no fp8 tensor cores. Without TMA, Triton reads descriptors by pointer and does not prefetch
+# them, so the decode kernel, which prefetches both operands, goes first at every size.
 _AMPERE_16BIT: Candidates = {
     16: (_decode(16, 64, 128, 4), _decode(16, 128, 64, 5)),
     32: (_decode(32, 64, 128, 4), _decode(32, 128, 64, 4)),
-    64: (_decode(64, 128, 64, 4), _prefill(64, 128, 64, 4, 4)),
-    128: (_prefill(128, 128, 64, 3), _prefill(128, 128, 32, 4, 4)),
-    256: (_prefill(128, 128, 64, 3), _prefill(128, 256, 32, 3)),
+    64: (_decode(64, 128, 64, 4), _decode(64, 64, 64, 4)),
+    128: (_decode(128, 128, 64, 3, 8), _decode(128, 128, 32, 4), _prefill(128, 128, 64, 3)),
+    256: (_decode(128, 128, 64, 3, 8), _decode(128, 256, 32, 3, 8), _prefill(128, 128, 64, 3)),
 }
 # 99 KiB and less: fits every card that Triton supports.
 _ANY: Candidates = {

@@ -67,7 +67,7 @@ def decode_fp8_block_kernel(
             x = tl.load(x_ptrs + k, mask=(ks < K - k)[:, None], other=0.0)
         x_scale = tl.load(x_scale_ptrs + k_block)
         w_scale = block_scales(w_scale_ptr, n0, k_block, N, K, GATED, BLOCK_N)
-        acc += tl.dot(w, x) * w_scale[:, None] * x_scale[None, :]
+        acc += tl.dot(w, x) * (w_scale[:, None] * x_scale[None, :])
     store_rows(
         tl.trans(acc), None, out_ptr, rows, valid, n0, address, N, OUT_STRIDE, -1, BIAS_OFFSET,
         ACTIVATION, GATED, LIMIT, UP_SHIFT, BLOCK_R, BLOCK_N,

@@ -91,7 +91,7 @@ def prefill_fp8_block_kernel(
             w = w_desc.load([n0, k])
             x_scale = tl.load(x_scale_ptrs + k_block)
             w_scale = block_scales(w_scale_ptr, n0, k_block, N, K, GATED, BLOCK_N)
-            acc += tl.dot(x, w.T) * x_scale[:, None] * w_scale[None, :]
+            acc += tl.dot(x, w.T) * (x_scale[:, None] * w_scale[None, :])
         store_rows(
             acc, None, out_ptr, rows, valid, n0, address, N, OUT_STRIDE, -1, BIAS_OFFSET,
             ACTIVATION, GATED, LIMIT, UP_SHIFT, BLOCK_R, BLOCK_N,
