@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -207,13 +208,11 @@ class _ShapeBench:
     def _variants(self, num_tokens: int) -> dict[str, Variant]:
         variants: dict[str, Variant] = {}
         for name, backend in self._backends.items():
-            variants[name] = lambda routed, backend=backend: backend.forward(
-                routed.hidden_TH, *sort_by_expert(routed.expert_ids_TK, routed.weights_TK)
-            )
+            variants[name] = partial(_ours, backend)
         gathered = num_tokens * self._shape.top_k * self._shape.expert_params * 4
         for name in TRANSFORMERS:
             if name != "batched_mm" or gathered <= _MOST_GATHERED_BYTES:
-                variants[name] = lambda routed, name=name: self._transformers(name, routed)
+                variants[name] = partial(self._transformers, name)
         return variants
 
     def _transformers(self, implementation: str, routed: Routed) -> torch.Tensor:
@@ -233,6 +232,10 @@ class _ShapeBench:
             pieces = itertools.cycle(weights[: len(weights) // values * values].view(-1, values))
             return {"memory": lambda _: next(pieces).sum()}
         return {}
+
+
+def _ours(backend: CpuBackend, routed: Routed) -> torch.Tensor:
+    return backend.forward(routed.hidden_TH, *sort_by_expert(routed.expert_ids_TK, routed.weights_TK))
 
 
 def command(

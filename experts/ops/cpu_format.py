@@ -9,12 +9,12 @@ import torch
 
 
 class PackedMatrix(Protocol):
-    """One matrix [O, I] and its bias in a format of its own; the plain weight is not kept.
+    """One matrix [O, I] and its bias in a format of its own; the plain weight is not kept."""
 
-    nbytes: bytes that the weight takes, and that a multiplication reads
-    """
-
-    nbytes: int
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight takes, and that a multiplication reads."""
+        ...
 
 
 class CpuFormat(Protocol):

@@ -59,8 +59,8 @@ class Int8Format:
         outs = [_multiply(part, levels + 1, matrix) for matrix, part in zip(matrices, parts, strict=True)]
         out_RO = outs[0] if len(outs) == 1 else torch.cat(outs)
         out_RO.mul_(step_R1)
-        if matrices[0].bias_O is not None:
-            for matrix, part in zip(matrices, torch.split_with_sizes(out_RO, list(counts)), strict=True):
+        for matrix, part in zip(matrices, torch.split_with_sizes(out_RO, list(counts)), strict=True):
+            if matrix.bias_O is not None:
                 part.add_(matrix.bias_O)
         return out_RO
 
