@@ -1,0 +1,99 @@
+"""The local overlay's serveConfigV2, as it is, through `serve deploy` on a Ray cluster of this machine."""
+
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from cluster.bench.processes import child_process, log_tail
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+OVERLAY = ROOT / "deploy" / "overlays" / "local"
+WAIT_S = 240
+
+
+@pytest.fixture(scope="module")
+def serve_config() -> str:
+    """The text of serveConfigV2 in the overlay's RayService."""
+    command = next((c for c in (["kustomize", "build"], ["kubectl", "kustomize"]) if shutil.which(c[0])), None)
+    if command is None:
+        pytest.skip("builds an overlay: install kubectl 1.21 or later, or kustomize 4 or later")
+    built = subprocess.run([*command, str(OVERLAY)], capture_output=True, text=True, check=True)
+    (text,) = (o["spec"]["serveConfigV2"] for o in yaml.safe_load_all(built.stdout) if o["kind"] == "RayService")
+    assert isinstance(text, str)
+    return text
+
+
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    """For Ray's sockets: a Unix socket's path may have 107 characters, and pytest's directories use many."""
+    with tempfile.TemporaryDirectory(prefix="em-", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
+
+
+def _until(condition: Callable[[], bool], what: str, log: Path) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}:\n{log_tail(log, 40)}"
+        threading.Event().wait(0.1)
+
+
+def _answers(url: str, headers: dict[str, str] | None = None) -> bool:
+    try:
+        return httpx.get(url, headers=headers).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_serve_deploy_serves_the_demo_model(
+    serve_config: str,
+    command_environment: dict[str, str],
+    free_port: Callable[[], int],
+    tmp_path: Path,
+    short_directory: Path,
+) -> None:
+    port = yaml.safe_load(serve_config)["http_options"]["port"]
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            pytest.skip(f"the configuration names port {port}, and something listens there")
+    token = tmp_path / "token"
+    token.write_text(secrets.token_hex(32))
+    # Nothing here is worth a graceful drain of the node.
+    no_drain = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    environment = {**command_environment, **no_drain, "RAY_AUTH_TOKEN_PATH": str(token)}
+    file, log, dashboard = tmp_path / "serve.yaml", tmp_path / "ray.log", free_port()
+    file.write_text(serve_config)
+    start = (
+        "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
+        f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}",
+        f"--ray-client-server-port={free_port()}", f"--temp-dir={short_directory}", "--disable-usage-stats",
+    )  # fmt: skip
+    # Paths in the configuration count from where Ray was started.
+    with child_process(("env", "-C", str(ROOT), *start), env=environment, log=log):
+        bearer = {"Authorization": f"Bearer {token.read_text()}"}
+        _until(lambda: _answers(f"http://127.0.0.1:{dashboard}/api/version", bearer), "Ray", log)
+        deploy = subprocess.run(
+            ["serve", "deploy", str(file), "--address", f"http://127.0.0.1:{dashboard}"],
+            env=environment, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, check=False,
+        )  # fmt: skip
+        assert deploy.returncode == 0, deploy.stdout + deploy.stderr
+        _until(lambda: _answers(f"http://127.0.0.1:{port}/health"), "the application", log)
+        body = {"model": "expertmesh-demo", "prompt": "def main(", "max_tokens": 16, "temperature": 0}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=WAIT_S)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == 16
+        assert answer.json()["choices"][0]["text"].strip()
