@@ -63,6 +63,9 @@ class ControllerActor:
     async def ready(self, replica: str) -> None:
         await self._controller.ready(replica)
 
+    async def retire(self, replica: str) -> None:
+        await self._controller.retire(replica)
+
     async def leave(self, replica: str) -> None:
         await self._controller.leave(replica)
 

@@ -24,6 +24,10 @@ _RETRY_S = 0.5
 _PROGRESS_S = 0.5
 _REPORT_S = 2.0
 _LEAVE_S = 5.0
+# An engine that has the newest table calls a leaving replica no more: quiet for so long, all have it.
+_QUIET_S = 0.5
+# Below the deployment's graceful_shutdown_timeout_s; then Serve would kill us in the middle of a call.
+_DRAIN_S = 15.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,14 +89,25 @@ class GroupHost:
             self._membership.result()
 
     async def stop(self) -> None:
-        """Leave the table, finish the calls in flight, stop answering."""
+        """Let new calls go elsewhere, finish those in flight, leave the table, stop answering."""
         if self._membership is not None:
             self._membership.cancel()
         try:
+            await asyncio.wait_for(self._controller.retire(self._me.replica), _LEAVE_S)
+            await self._drained()
             await asyncio.wait_for(self._controller.leave(self._me.replica), _LEAVE_S)
         except Exception as error:  # without a controller, engines see the connection close
             log.warning("left without telling the controller (%s)", type(error).__name__)
         await asyncio.to_thread(self._server.stop)
+
+    async def _drained(self) -> None:
+        """Wait until no call came for a while, or it takes too long: what is in flight then fails over."""
+        retired = time.monotonic()
+        while (waited_s := time.monotonic() - retired) < _DRAIN_S:
+            quiet_s = min(waited_s, self.meter.idle_s())
+            if quiet_s >= _QUIET_S:
+                break
+            await asyncio.sleep(_QUIET_S - quiet_s)
 
     async def _stay_member(self) -> None:
         """Join, load, be ready; when the controller is lost, announce to the next one what is held already."""

@@ -35,17 +35,25 @@ class PlacementTable:
 
     holders:  layer -> for each expert of the layer, the groups that hold a slot of it, ascending
     replicas: every live replica of every group, ascending by (group, replica)
+    leaving:  names of those that are about to stop: they finish what they were asked, and get more only where their
+              group has no other
     """
 
     version: int
     num_groups: int
     holders: Mapping[int, tuple[tuple[int, ...], ...]] = field(repr=False)
     replicas: tuple[GroupReplica, ...]
+    leaving: frozenset[str] = frozenset()
 
     def missing_groups(self) -> tuple[int, ...]:
         """Groups that hold experts and have no live replica, ascending."""
         live = {replica.group for replica in self.replicas}
         return tuple(group for group in range(self.num_groups) if group not in live)
+
+    def callable_replicas(self, group: int) -> tuple[GroupReplica, ...]:
+        """The replicas of `group` to choose from for a new call."""
+        replicas = tuple(replica for replica in self.replicas if replica.group == group)
+        return tuple(replica for replica in replicas if replica.replica not in self.leaving) or replicas
 
 
 def balanced(

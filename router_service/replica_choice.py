@@ -1,7 +1,10 @@
-"""Which replica of a group takes a call: the live one with the fewest rows in flight."""
+"""Which replica of a group takes a call: the live one with the fewest rows in flight, of several the one whose last
+turn is longest ago. An engine that waits for each layer has nothing in flight when it chooses, so turns do the work
+there, and a replica that is new comes first."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +23,8 @@ class ReplicaChoice:
         self._clock = clock
         self._lock = threading.Lock()
         self._rows_in_flight: dict[str, int] = {}
+        self._turns = itertools.count(1)
+        self._last_turn: dict[str, int] = {}
         self._lost_at: dict[str, float] = {}
 
     def choose(self, view: TableView, group: int) -> GroupReplica | None:
@@ -29,7 +34,10 @@ class ReplicaChoice:
             if len(replicas) == 1 and not self._lost_at:
                 return replicas[0]
             live = [replica for replica in replicas if self._alive(replica)]
-            return min(live, key=lambda replica: self._rows_in_flight.get(replica.replica, 0), default=None)
+            chosen = min(live, key=self._load, default=None)
+            if chosen is not None:
+                self._last_turn[chosen.replica] = next(self._turns)
+            return chosen
 
     def least_loaded(self, replicas: Sequence[GroupReplica]) -> GroupReplica:
         """The one with the fewest rows in flight, the first of several."""
@@ -65,10 +73,14 @@ class ReplicaChoice:
             self._lost_at[replica.replica] = self._clock()
 
     def forget(self, replicas: tuple[GroupReplica, ...]) -> None:
-        """Forget the failures of replicas that left the table."""
+        """Forget the failures and turns of replicas that left the table."""
         with self._lock:
             for replica in replicas:
                 self._lost_at.pop(replica.replica, None)
+                self._last_turn.pop(replica.replica, None)
+
+    def _load(self, replica: GroupReplica) -> tuple[int, int]:
+        return self._rows_in_flight.get(replica.replica, 0), self._last_turn.get(replica.replica, 0)
 
     def _alive(self, replica: GroupReplica) -> bool:
         lost_at = self._lost_at.get(replica.replica)

@@ -19,7 +19,7 @@ class TableView:
     def __init__(self, table: PlacementTable) -> None:
         self.table = table
         self.replicas: tuple[tuple[GroupReplica, ...], ...] = tuple(
-            tuple(replica for replica in table.replicas if replica.group == group) for group in range(table.num_groups)
+            table.callable_replicas(group) for group in range(table.num_groups)
         )
         self.missing = frozenset(table.missing_groups())
         self._indices: dict[tuple[int, frozenset[int]], SlotIndex] = {}

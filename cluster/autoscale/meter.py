@@ -39,6 +39,12 @@ class GroupMeter:
             self._answered.append((now, rows, now - accepted))
             self._forget(now)
 
+    def idle_s(self) -> float:
+        """Seconds since the last answer, or since the beginning; 0 while a call is open."""
+        with self._lock:
+            last = self._answered[-1][0] if self._answered else self._started
+            return 0.0 if self._open else self._clock() - last
+
     def set_load_share(self, load_share: float) -> None:
         """This group's tokens over the mean over groups, as the controller counts them; 1.0 is even."""
         with self._lock:

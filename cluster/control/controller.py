@@ -36,6 +36,7 @@ class _Member:
     device: str
     resident: frozenset[ExpertKey]
     ready: bool = False
+    leaving: bool = False
     loaded_bytes: int = 0
     total_bytes: int = 0
     tokens_per_s: float = 0.0
@@ -110,8 +111,16 @@ class Controller:
                 member.ready = True
                 self._publish()
 
+    async def retire(self, replica: str) -> None:
+        """The replica is about to stop: new calls go to the others of its group. It stays in the table to finish."""
+        async with self._changed:
+            if member := self._members.get(replica):
+                member.leaving = True
+                log.info("group %d: %s is about to stop", member.replica.group, replica)
+                self._publish()
+
     async def leave(self, replica: str) -> None:
-        """The replica is about to stop: it leaves the table before it stops answering."""
+        """The replica has finished what it was asked: it leaves the table before it stops answering."""
         await self._remove(replica, "it is stopping")
 
     async def load_share(self, replica: str, tokens_per_s: float) -> float:
@@ -204,6 +213,7 @@ class Controller:
             num_groups=self._num_groups,
             holders=self._holders,
             replicas=tuple(sorted(ready, key=lambda r: (r.group, r.replica))),
+            leaving=frozenset(name for name, member in self._members.items() if member.leaving),
         )
         log.info("placement version %d: %d replicas", self._version, len(self._table.replicas))
         self._changed.notify_all()

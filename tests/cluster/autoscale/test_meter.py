@@ -27,6 +27,19 @@ def test_rates_and_percentile_over_the_window_only():
     assert meter.stats()["tokens_per_s"] == 0
 
 
+def test_idle_is_the_time_since_the_last_answer():
+    clock = Clock()
+    meter = GroupMeter(clock, window_s=10)
+    clock.now += 3
+    assert meter.idle_s() == 3
+    accepted = meter.accept()
+    clock.now += 2
+    assert meter.idle_s() == 0
+    meter.answer(accepted, rows=1)
+    clock.now += 1
+    assert meter.idle_s() == 1
+
+
 def test_a_young_meter_divides_by_its_age():
     clock = Clock()
     meter = GroupMeter(clock, window_s=10)

@@ -116,8 +116,15 @@ def test_a_second_replica_of_a_group_is_added_and_leaves_without_a_gap() -> None
         await _join(controller, _replica(0, start=1, node="b"))
         await controller.ready("g0s1")
         assert [r.replica for r in (await _next(tables)).replicas] == ["g0s0", "g0s1", "g1s0"]
+        await controller.retire("g0s0")
+        retired = await _next(tables)
+        assert [r.replica for r in retired.replicas] == ["g0s0", "g0s1", "g1s0"]
+        assert retired.leaving == {"g0s0"}
         await controller.leave("g0s0")
-        assert [r.replica for r in (await _next(tables)).replicas] == ["g0s1", "g1s0"]
+        left = await _next(tables)
+        assert [r.replica for r in left.replicas] == ["g0s1", "g1s0"]
+        assert not left.leaving
+        assert controller.status()["replicas_lost"] == 0
 
     _run(scenario())
 
