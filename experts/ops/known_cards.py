@@ -94,6 +94,7 @@ KNOWN_CARDS: Mapping[str, Mapping[str, Candidates]] = {
     "H800": _HOPPER,
     "H20": _HOPPER,
     "GH200": _HOPPER,
+    "B200": _HOPPER,  # as much shared memory; compiles to tcgen05 without spills
     "A100": {"none": _AMPERE_16BIT},
     "A800": {"none": _AMPERE_16BIT},
 }

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 HOPPER_SHARED_BYTES = 227 * 1024
-SCRIPT = Path(__file__).with_name("compile_for_sm90.py")
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
-def compile_all(which):
+def compile_all(which, capability=90):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run([sys.executable, SCRIPT, which], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, which, str(capability)], env=environment, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -61,3 +63,14 @@ def test_kernels_around_the_matmuls_compile_and_do_not_spill(defaults):
 def test_every_candidate_uses_tensor_cores_and_does_not_spill():
     for kernel in compile_all("candidates"):
         check(kernel)
+
+
+@pytest.mark.slow
+def test_blackwell_uses_its_tensor_cores_and_does_not_spill():
+    kernels = [kernel for kernel in compile_all("defaults", 100) if "scheme" in kernel]
+    assert len({kernel["scheme"] for kernel in kernels}) == 5
+    for kernel in kernels:
+        assert "error" not in kernel, kernel
+        assert kernel["tcgen05"], kernel
+        assert kernel["stack"] == 0, kernel
+        assert kernel["shared"] <= HOPPER_SHARED_BYTES, kernel

@@ -1,6 +1,6 @@
-"""Compiles grouped matmuls for Hopper without a card and prints what came out, one JSON object a line.
+"""Compiles the kernels without a card, for a compute capability, and prints what came out, one JSON object a line.
 
-    python compile_for_sm90.py [defaults|candidates]
+    python compile_kernels.py defaults|candidates 90
 
 `defaults`: the tiles for fewest and for most rows, and the kernels around the matmuls;
 `candidates`: all that tuning may try.
@@ -35,7 +35,7 @@ HIDDEN, INTERMEDIATE = 7168, 2048  # DeepSeek-V3
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def compile_kernel(kernel, arguments, constexprs, **options):
+def compile_kernel(capability, kernel, arguments, constexprs, **options):
     """arguments: name to Triton type; a name in neither is an error of the compiler's. Pointers are aligned."""
     names = kernel.arg_names
     source = ASTSource(
@@ -44,7 +44,7 @@ def compile_kernel(kernel, arguments, constexprs, **options):
         constexprs={(names.index(name),): value for name, value in constexprs.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if arguments.get(name, "")[:1] == "*"},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -55,13 +55,14 @@ def compile_kernel(kernel, arguments, constexprs, **options):
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared": compiled.metadata.shared,
         "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m64n\d+k\d+\.\S+?)[ ;]", ptx))),
+        "tcgen05": sorted(set(re.findall(r"tcgen05\.mma\.\S+", ptx))),
         "mma_sync": "mma.sync" in ptx,
         "tma_loads": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         "async_copy_bytes": sorted({int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\S* .*?, (0x\w+)", ptx)}),
     }
 
 
-def compile_matmul(scheme, projection, config, weight_dtype):
+def compile_matmul(capability, scheme, projection, config, weight_dtype):
     kernels = KERNELS[scheme]
     arguments = {
         "x_ptr": "*fp8e4nv" if kernels.activation_group else "*bf16",
@@ -78,10 +79,10 @@ def compile_matmul(scheme, projection, config, weight_dtype):
     else:
         values["x_scale_ptr"] = None
     kernel = kernels.prefill if config.kernel == "prefill" else kernels.decode
-    return compile_kernel(kernel, arguments, values, num_warps=config.warps, num_stages=config.stages)
+    return compile_kernel(capability, kernel, arguments, values, num_warps=config.warps, num_stages=config.stages)
 
 
-def compile_others():
+def compile_others(capability):
     """Sorting, tile table, activations to fp8, combine: as their launchers call them."""
     i32, i64, f32 = "*i32", "*i64", "*fp32"
     sizes = {"num_rows": "i32", "num_groups": "i32", "num_experts": "i32", "num_blocks": "i32", "bound": "i32"}
@@ -106,20 +107,20 @@ def compile_others():
     }
     for kernel, (pointers, values) in named.items():
         arguments = pointers | {name: kind for name, kind in sizes.items() if name in kernel.arg_names}
-        yield kernel.__name__, compile_kernel(kernel, arguments, values)
+        yield kernel.__name__, compile_kernel(capability, kernel, arguments, values)
     pointers = {"x_ptr": "*bf16", "code_ptr": "*fp8e4nv", "scale_ptr": f32}
     shape = {"X_STRIDE": HIDDEN, "K": HIDDEN, "K_STORED": HIDDEN}
     for name, values in {
         "quantise_rows_kernel by 128": {"NUM_GROUPS": 56, "GROUP": 128, "BLOCK_G": 16},
         "quantise_rows_kernel by row": {"NUM_GROUPS": 1, "GROUP": 8192, "BLOCK_G": 1},
     }.items():
-        yield name, compile_kernel(quantise_rows_kernel, pointers, shape | values, num_warps=8)
+        yield name, compile_kernel(capability, quantise_rows_kernel, pointers, shape | values, num_warps=8)
 
 
-def main(which):
+def main(which, capability):
     spec = ExpertSpec(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE)
     if which == "defaults":
-        for name, row in compile_others():
+        for name, row in compile_others(capability):
             print(json.dumps({"kernel": name} | row), flush=True)
     for scheme, buckets in KNOWN_CARDS["H100"].items():
         form = SlotFormat(spec, build_scheme(scheme, torch.bfloat16), "silu")
@@ -135,11 +136,11 @@ def main(which):
                     done.add((name, config))
                     row = {"scheme": scheme, "projection": name, "config": config.to_json()}
                     try:
-                        row |= compile_matmul(scheme, getattr(form, name), config, form.scheme.codes_dtype)
+                        row |= compile_matmul(capability, scheme, getattr(form, name), config, form.scheme.codes_dtype)
                     except Exception as error:
                         row["error"] = f"{type(error).__name__}: {error}"[-500:]
                     print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "defaults")
+    main(sys.argv[1], int(sys.argv[2]))
