@@ -107,6 +107,8 @@ def decode_tensor(body: memoryview | bytes, field: str) -> torch.Tensor:
         raise RequestError(f"{field}: not a Tensor message ({error})", field) from None
     dtype = torch_dtype(meta.dtype, f"{field}.dtype")
     shape = tuple(meta.shape)
+    if len(shape) > 3 or any(size >= 2**31 for size in shape):
+        raise RequestError(f"{field}.shape: at most 3 sizes below 2^31, not {list(shape)[:8]}", f"{field}.shape")
     expected = math.prod(shape) * dtype.itemsize
     if data.nbytes != expected:
         raise RequestError(
