@@ -99,8 +99,7 @@ def plan_rows(
 
     slot_R: the slot that each row goes to; None: an expert's slots share its rows evenly.
 
-    Every array is made once for all groups and sliced: the cost grows with rows and with tokens times
-    groups, and hardly with the number of groups at decode sizes.
+    One sort over all rows, then a dozen array operations for each group that has any.
     """
     if slot_R is None:
         # The token's number picks the slot: even load without state, and the same plan for the same batch.
@@ -108,45 +107,51 @@ def plan_rows(
         slot_R = index.slots_of_expert_EJ[expert_R, turn_R]
     num_slots = len(index.expert_of_slot_S)
     # Stable sort of 16-bit keys is a radix sort.
-    order_R = np.argsort(slot_R.astype(np.int16) if num_slots < 2**15 else slot_R, kind="stable")
-    count_S = np.bincount(slot_R, minlength=num_slots + 1)[:num_slots]
-    order_R = order_R[: int(count_S.sum())]
+    order_R = (slot_R.astype(np.int16) if num_slots < 2**15 else slot_R).argsort(kind="stable")
     slot_R, token_R, weight_R = slot_R[order_R], token_R[order_R], weight_R[order_R]
-
-    # Distinct tokens of each group: mark (group, token) cells, number the marked ones.
-    cell_R = index.group_of_slot_S[slot_R] * num_tokens + token_R
-    num_groups = len(index.group_bounds_G1) - 1
-    marked = np.zeros(num_groups * num_tokens, dtype=bool)
-    marked[cell_R] = True
-    cells = np.flatnonzero(marked)
-    number = np.empty(len(marked), dtype=np.int32)
-    number[cells] = np.arange(len(cells), dtype=np.int32)
-    number_R = number[cell_R]
-    token_C = (cells % num_tokens).astype(np.int32)
-
-    used_S = np.flatnonzero(count_S)
-    expert_ids = index.expert_of_slot_S[used_S]
-    ends = np.zeros(len(used_S) + 1, dtype=np.int32)
-    np.cumsum(count_S[used_S], out=ends[1:])
-    group_used_S = index.group_of_slot_S[used_S]
-    first_of_group = np.flatnonzero(np.diff(group_used_S, prepend=-1)).tolist()
+    # Rows of group g; "no expert" sorts behind the last.
+    row_bounds = slot_R.searchsorted(index.group_bounds_G1).tolist()
+    used = [group for group, first in enumerate(row_bounds[:-1]) if first < row_bounds[group + 1]]
+    tokens = _distinct_tokens(num_tokens, token_R, used, row_bounds)
 
     parts = []
-    for position, start in enumerate(first_of_group):
-        stop = first_of_group[position + 1] if position + 1 < len(first_of_group) else len(used_S)
-        offsets_S1 = ends[start : stop + 1]
-        first_row, last_row = int(offsets_S1[0]), int(offsets_S1[-1])
-        group = int(group_used_S[start])
-        first_cell, last_cell = np.searchsorted(cells, (group * num_tokens, (group + 1) * num_tokens))
+    for group, (tokens_T, token_rows_R) in zip(used, tokens, strict=True):
+        rows = slice(row_bounds[group], row_bounds[group + 1])
+        slots_R = slot_R[rows]
+        first_R = np.empty(len(slots_R) + 1, dtype=bool)
+        first_R[0] = first_R[-1] = True
+        np.not_equal(slots_R[1:], slots_R[:-1], out=first_R[1:-1])
+        offsets_S1 = first_R.nonzero()[0].astype(np.int32)
         parts.append(
             GroupPart(
                 group=group,
                 layer=layer,
-                tokens_T=None if last_cell - first_cell == num_tokens else token_C[first_cell:last_cell],
-                expert_ids_S=expert_ids[start:stop],
-                offsets_S1=offsets_S1 - first_row,
-                token_rows_R=number_R[first_row:last_row] - np.int32(first_cell),
-                weights_R=weight_R[first_row:last_row],
+                tokens_T=tokens_T,
+                expert_ids_S=index.expert_of_slot_S[slots_R[offsets_S1[:-1]]],
+                offsets_S1=offsets_S1,
+                token_rows_R=token_rows_R,
+                weights_R=weight_R[rows],
             )
         )
     return tuple(parts)
+
+
+def _distinct_tokens(
+    num_tokens: int, token_R: IntArray, used: list[int], row_bounds: list[int]
+) -> list[tuple[IntArray | None, IntArray]]:
+    """(tokens_T, token_rows_R) of each group in `used`, whose rows are `row_bounds[g]:row_bounds[g + 1]`."""
+    if num_tokens == 1:
+        return [(None, token_R[row_bounds[group] : row_bounds[group + 1]]) for group in used]
+    found = []
+    for group in used:
+        rows_R = token_R[row_bounds[group] : row_bounds[group + 1]]
+        marked = np.zeros(num_tokens, dtype=bool)
+        marked[rows_R] = True
+        tokens_T = marked.nonzero()[0].astype(np.int32)
+        if len(tokens_T) == num_tokens:
+            found.append((None, rows_R))
+            continue
+        number = np.empty(num_tokens, dtype=np.int32)
+        number[tokens_T] = np.arange(len(tokens_T), dtype=np.int32)
+        found.append((tokens_T, number[rows_R]))
+    return found

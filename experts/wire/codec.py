@@ -137,7 +137,10 @@ def decode_partial(data: bytes) -> WireReply:
 
 
 def _raw(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
-    return tensor.to("cpu", dtype).numpy().tobytes()
+    # Each no-op on a tensor costs as much as the copy of a decode batch's indices.
+    if tensor.dtype is not dtype or tensor.is_cuda:
+        tensor = tensor.to("cpu", dtype)
+    return tensor.numpy().tobytes()
 
 
 def _vector(data: bytes, dtype: torch.dtype, field: str) -> torch.Tensor:

@@ -56,7 +56,7 @@ def encode_frame(head: Message, tensor: torch.Tensor, dtype: torch.dtype | None 
     if dtype is _FP8:
         tensor, scales = _quantise(tensor)
         meta.scales = bytes(_bytes_of(scales))
-    data = _bytes_of(tensor.to(dtype))
+    data = _bytes_of(tensor if tensor.dtype is dtype else tensor.to(dtype))
     meta_bytes = meta.SerializeToString()
     data_head = _TAG_15 + _varint(data.nbytes)
     size = len(meta_bytes) + len(data_head) + data.nbytes
@@ -123,8 +123,9 @@ def decode_tensor(body: memoryview | bytes, field: str) -> torch.Tensor:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes, row-major, without a copy where it is contiguous on CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    if tensor.is_cuda or tensor.requires_grad:
+        tensor = tensor.detach().cpu()
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _quantise(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
