@@ -142,7 +142,7 @@ def _distinct_tokens(
     """(tokens_T, token_rows_R) of each group in `used`, whose rows are `row_bounds[g]:row_bounds[g + 1]`."""
     if num_tokens == 1:
         return [(None, token_R[row_bounds[group] : row_bounds[group + 1]]) for group in used]
-    found = []
+    found: list[tuple[IntArray | None, IntArray]] = []
     for group in used:
         rows_R = token_R[row_bounds[group] : row_bounds[group + 1]]
         marked = np.zeros(num_tokens, dtype=bool)
