@@ -1,8 +1,9 @@
 """The far end of the dispatch benchmark: an expert group that does no arithmetic, and a bare echo of bytes.
 
-    python -m cluster.bench.dispatch_peer ADDRESS_FILE
+    python -m cluster.bench.dispatch_peer ADDRESS_FILE [HOST]
 
-writes the two addresses to ADDRESS_FILE and serves until it is stopped.
+writes the two addresses to ADDRESS_FILE and serves until it is stopped. HOST: address to listen on, 127.0.0.1 by
+default.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def _echo(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[
     yield from requests
 
 
-def serve(address_file: Path) -> None:
+def serve(address_file: Path, host: str) -> None:
     """Serve both until the process is stopped."""
     torch.set_num_threads(1)
-    expert_server = ExpertServer(cast(ExpertGroup, IdleGroup()))
+    expert_server = ExpertServer(cast(ExpertGroup, IdleGroup()), host)
     expert_server.start()
     options = (
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -50,13 +51,13 @@ def serve(address_file: Path) -> None:
     service, method = ECHO.strip("/").split("/")
     handlers: dict[str, Any] = {method: grpc.stream_stream_rpc_method_handler(_echo)}
     echo_server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-    port = echo_server.add_insecure_port("127.0.0.1:0")
+    port = echo_server.add_insecure_port(f"{host}:0")
     echo_server.start()
     written = address_file.with_suffix(".part")
-    written.write_text(f"{expert_server.address} 127.0.0.1:{port}")
+    written.write_text(f"{expert_server.address} {host}:{port}")
     os.replace(written, address_file)
     echo_server.wait_for_termination()
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    serve(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "127.0.0.1")
