@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 
 import torch
@@ -27,8 +28,11 @@ from experts.weights.checkpoint import Checkpoint
 from experts.weights.layout import describe_experts
 from router_service.placement import GroupReplica, PlacementTable, balanced
 from router_service.router import Router
+from router_service.server import RouterServer
 from router_service.transport.base import Transport
 from router_service.transport.in_process import InProcessTransport
+
+log = logging.getLogger(__name__)
 
 
 class EngineHost:
@@ -62,6 +66,7 @@ class EngineHost:
         self._router: Router | None = None
         self._engine: Engine | None = None
         self._app: FastAPI | None = None
+        self._service: RouterServer | None = None
 
     @property
     def app(self) -> FastAPI:
@@ -108,6 +113,10 @@ class EngineHost:
             api_keys=self._api_keys,
             registry=self._registry(self._router),
         )
+        if config.router.service_port is not None:
+            self._service = RouterServer(self._router, host=self._address, port=config.router.service_port)
+            self._service.start()
+            log.info("RouterService listens on %s", self._service.address)
         if table is not None:
             self._router.update(table)
         else:
@@ -124,6 +133,8 @@ class EngineHost:
         """Stop the engine; sequences that are still running end with an error event."""
         if self._following is not None:
             self._following.cancel()
+        if self._service is not None:
+            await asyncio.to_thread(self._service.stop)
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop)
         if self._router is not None:
