@@ -99,9 +99,10 @@ class CpuBackend:
 
         def run(index: int) -> None:
             first, last, counts, ups, downs = tasks[index]
-            rows = hidden_TH.index_select(0, token_rows_R[first:last])
-            inner = activate(self._format.multiply(ups, rows, counts), spec)
-            out_RH[first:last] = self._format.multiply(downs, inner, counts)
+            with torch.inference_mode():  # a mode is its thread's own, and out_RH may have been made in it
+                rows = hidden_TH.index_select(0, token_rows_R[first:last])
+                inner = activate(self._format.multiply(ups, rows, counts), spec)
+                out_RH[first:last] = self._format.multiply(downs, inner, counts)
 
         self._team.run(run, len(tasks))
         return unpermute(out_RH, token_rows_R, weights_R, len(hidden_TH))
