@@ -16,7 +16,7 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     source: str = Field(description="Checkpoint directory, or hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["none", "fp8", "int8", "int4", "fp16"] = "none"
+    quantization: Literal["none", "fp16", "fp8", "fp8_block", "int8", "int4"] = "none"
     served_name: str | None = None
     revision: str | None = None
 
