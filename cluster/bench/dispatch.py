@@ -28,6 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.bench.dispatch_copies import copies_rows
 from cluster.bench.dispatch_peer import ECHO, IdleGroup
 from cluster.bench.processes import child_process, log_tail
 from cluster.local_ray import start_local_ray
@@ -85,7 +86,7 @@ def run(bench: DispatchBench, *, console: Console | None = None) -> dict[str, An
     load = os.getloadavg()[0]
     if load > 0.5:
         console.print(f"[yellow]This machine is not idle (load {load:.1f}): the figures will mislead.")
-    rows: list[dict[str, Any]] = []
+    rows = copies_rows()
     with torch.inference_mode():
         for num_groups in bench.groups:
             for num_tokens in bench.tokens:
@@ -340,6 +341,8 @@ def command(
         return
     table = Table("what", "tokens", "groups", "µs", "echo µs", "ratio")
     for row in result["rows"]:
+        if row["what"] == "copies_per_token":
+            continue
         if row["what"] == "gate_plan_combine":
             total = f"{row['total_us']} = {row['gate_us']} + {row['plan_us']} + {row['combine_us']}"
             table.add_row("gate + plan + combine", str(row["tokens"]), str(row["groups"]), total)
@@ -347,4 +350,8 @@ def command(
             echo, ratio = str(row.get("echo_p50_us", "")), str(row.get("ratio_to_echo", ""))
             name = f"dispatch + combine, {row['transport']}"
             table.add_row(name, str(row["tokens"]), str(row["peers"]), str(row["p50_us"]), echo, ratio)
-    Console().print(table)
+    copies = Table("copies per token", "nodes", "per expert", "per group", "per node", "exact", "restrict")
+    for row in result["rows"]:
+        if row["what"] == "copies_per_token":
+            copies.add_row(*map(str, list(row.values())[1:]))
+    Console().print(copies, table)
