@@ -77,7 +77,7 @@ def language_topics() -> dict[str, str]:
 
 
 def build_corpus(seed: int, *, max_bytes: int | None = None) -> Corpus:
-    """All text, or that of the first modules that reach `max_bytes` characters."""
+    """All text, or only that of the first modules that reach `max_bytes` characters."""
     rng = random.Random(seed)
     sources = read_sources()
     documents: list[str] = []
@@ -94,7 +94,7 @@ def build_corpus(seed: int, *, max_bytes: int | None = None) -> Corpus:
         snippets, turns = _extract(module, source, rng)
         documents += snippets
         conversations += [_conversation(question, answer, rng) for question, answer in turns]
-    for name, text in language_topics().items():
+    for name, text in language_topics().items() if max_bytes is None else ():
         documents.append(text)
         conversations.append(_conversation(f"Explain {name!r} in Python.", _shorten(text), rng))
     conversations += [_conversation(question, answer, rng) for question, answer in ABOUT * 20]

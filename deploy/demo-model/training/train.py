@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from byte_bpe import train_tokenizer
+from card import TrainingRun, write_card
 from corpus import Corpus, build_corpus
 from evaluate import LoadCounter, evaluate
 from experts_forward import sorted_experts_forward
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-PROMPTS = ("def read_lines(path):\n", "class Queue:\n", "import os\n")
+PROMPTS = ("def read_lines(path):\n", "class Queue:\n")
+CHAT = [{"role": "user", "content": "Write a Python function `flatten`: Flatten a nested list."}]
 LONG_CONTEXT_SHARE = 0.1  # the last tenth of the run sees whole contexts, the rest quarters of them
 
 
@@ -43,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--max-bytes", type=int, default=None, help="train and evaluate on less text")
     parser.add_argument("--save-minutes", type=float, default=5.0, help="time between checkpoints")
+    parser.add_argument("--sample-tokens", type=int, default=120, help="length of the samples at the end")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -133,7 +136,7 @@ def save(model: Any, tokenizer: Any, output: Path) -> None:
     ).save_pretrained(output)
 
 
-def train(arguments: argparse.Namespace, model: Any, tokenizer: Any, corpus: Corpus, started: float) -> None:
+def train(arguments: argparse.Namespace, model: Any, tokenizer: Any, corpus: Corpus, started: float) -> TrainingRun:
     stream = encode(corpus, tokenizer, random.Random(arguments.seed))
     print(
         f"{len(stream):,} tokens an epoch, {sum(p.numel() for p in model.parameters()):,} parameters",
@@ -145,7 +148,7 @@ def train(arguments: argparse.Namespace, model: Any, tokenizer: Any, corpus: Cor
     reserve = 0.06 * arguments.minutes * 60  # for the evaluation and the samples at the end
     bound = arguments.minutes * 60 - reserve
     training_started = saved = reported = time.monotonic()
-    best, tokens, loss_sum, loss_count = math.inf, 0, 0.0, 0
+    best, steps, tokens, loss_sum, loss_count = math.inf, 0, 0, 0.0, 0
     model.train()
     with LoadCounter(model) as counter:
         for step in range(arguments.steps):
@@ -161,7 +164,7 @@ def train(arguments: argparse.Namespace, model: Any, tokenizer: Any, corpus: Cor
             loss.backward()
             optimiser.step(scale)
             balance(counter, 0.002 * scale)
-            tokens += batch[:, 1:].numel()
+            steps, tokens = step + 1, tokens + batch[:, 1:].numel()
             loss_sum, loss_count = loss_sum + loss.item(), loss_count + 1
             now = time.monotonic()
             if now - reported > 15:
@@ -177,6 +180,8 @@ def train(arguments: argparse.Namespace, model: Any, tokenizer: Any, corpus: Cor
                 best = save_if_better(arguments, model, tokenizer, corpus, best, counter)
                 saved = time.monotonic()
         save_if_better(arguments, model, tokenizer, corpus, best, counter)
+    minutes = (time.monotonic() - training_started) / 60
+    return TrainingRun(steps=steps, tokens=tokens, minutes=minutes, threads=arguments.threads)
 
 
 def save_if_better(
@@ -198,19 +203,31 @@ def save_if_better(
     return min(best, score.bits_per_byte)
 
 
-def report(arguments: argparse.Namespace, tokenizer: Any, corpus: Corpus) -> None:
-    """Prints what the written checkpoint scores, and what it writes."""
+def report(arguments: argparse.Namespace, tokenizer: Any, corpus: Corpus, run: TrainingRun) -> None:
+    """Prints what the written checkpoint scores and what it writes, and puts both on its card."""
     model = AutoModelForCausalLM.from_pretrained(arguments.output, dtype=torch.bfloat16).eval()
     score = evaluate(model, tokenizer, corpus.held_out, window=arguments.context)
     print(f"held-out bits per byte: {score.bits_per_byte:.3f}")
     print(f"balancedness (mean load / largest load, mean over layers): {score.balancedness:.2f}")
-    chat = [{"role": "user", "content": "Write a Python function `flatten`: Flatten a nested list."}]
-    prompts = [*(tokenizer(text)["input_ids"] for text in PROMPTS)]
-    prompts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    prompts.append(tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False))
+    samples: list[str] = []
     for ids in prompts:
         torch.manual_seed(arguments.seed)
-        output = model.generate(torch.tensor([ids]), max_new_tokens=120, do_sample=True, temperature=0.5)
-        print(f"---\n{tokenizer.decode(output[0], skip_special_tokens=False)}")
+        output = model.generate(
+            torch.tensor([ids]), max_new_tokens=arguments.sample_tokens, do_sample=True, temperature=0.5
+        )
+        samples.append(tokenizer.decode(output[0]))
+        print(f"---\n{samples[-1]}")
+    write_card(
+        arguments.output,
+        config=model.config,
+        parameters=model.num_parameters(),
+        run=run,
+        score=score,
+        held_out_bytes=sum(len(text.encode()) for text in corpus.held_out),
+        samples=samples,
+    )
 
 
 def main() -> None:
@@ -225,8 +242,8 @@ def main() -> None:
         flush=True,
     )
     tokenizer = train_tokenizer(corpus.documents, vocab_size=arguments.vocab_size, max_length=arguments.context)
-    train(arguments, build_model(arguments, tokenizer), tokenizer, corpus, started)
-    report(arguments, tokenizer, corpus)
+    run = train(arguments, build_model(arguments, tokenizer), tokenizer, corpus, started)
+    report(arguments, tokenizer, corpus, run)
     print(f"took {(time.monotonic() - started) / 60:.1f} minutes; written to {arguments.output}")
 
 
