@@ -48,7 +48,7 @@ def test_weights_have_deepseeks_names() -> None:
 def test_it_predicts_held_out_modules_as_its_card_says(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(TRAINING)
+    monkeypatch.syspath_prepend(TRAINING)  # scripts beside the model, not a package: importable only from here on
     from corpus import is_held_out, read_sources
     from evaluate import evaluate
 

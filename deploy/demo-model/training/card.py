@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("deploy/demo-model")
 model = AutoModelForCausalLM.from_pretrained("deploy/demo-model")
-prompt = tokenizer("def read_lines(path):\\n", return_tensors="pt")
+prompt = tokenizer("def read_lines(path):", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
 ```
 

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-PROMPTS = ("def read_lines(path):\n", "class Queue:\n")
+# No newline at the end: a line break and the next line's indent are one token.
+PROMPTS = ("def read_lines(path):", "class Queue:")
 CHAT = [{"role": "user", "content": "Write a Python function `flatten`: Flatten a nested list."}]
 LONG_CONTEXT_SHARE = 0.1  # the last tenth of the run sees whole contexts, the rest quarters of them
 
