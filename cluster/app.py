@@ -34,7 +34,9 @@ def build(args: dict[str, Any]) -> Application:
     )
     if config.router.transport == "in_process":
         return engine.bind(document, None)
-    controller = CONTROLLER.bind(document)
+    # On the engines' nodes: expert pods may hold no token for the Kubernetes API.
+    labels = {"label_selector": config.engine.label_selector} if config.engine.label_selector else {}
+    controller = CONTROLLER.options(ray_actor_options={"num_cpus": 0, **labels}).bind(document)
     groups = [
         GROUP.options(
             name=f"experts-{group}",

@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.config.load import parse_mesh
 from cluster.control.client import ServeControllerClient
+from cluster.running_app import application_details
 from cluster.topology import read_topology
 
 if TYPE_CHECKING:
@@ -51,6 +52,12 @@ class ControllerActor:
             num_redundant_experts=config.experts.num_redundant_experts,
             watch_health=watch_health,
         )
+        if config.autoscaling.worker_groups is not None:
+            from cluster.autoscale.worker_groups import follow_worker_groups
+
+            follow_worker_groups(
+                config.autoscaling.worker_groups, application=application_details, ray_nodes=ray.nodes
+            ).start()
 
     async def join(
         self, replica: GroupReplica, *, device: str, resident: frozenset[ExpertKey], known_version: int

@@ -22,17 +22,19 @@ def connect(address: str) -> None:
         raise ConfigError(f"cannot join the Ray cluster at {address}: {first}; give --address or RAY_ADDRESS") from None
 
 
+def application_details() -> dict[str, Any]:
+    """What Serve knows of the application: deployments, their replicas, targets; empty where it does not run."""
+    details: dict[str, Any] = serve.context._get_global_client().get_serve_details()
+    application: dict[str, Any] = details["applications"].get(APPLICATION, {"deployments": {}})
+    return application
+
+
 def engine_replicas() -> list[dict[str, str]]:
     """Replica, node and state of each engine."""
-    details = serve.context._get_global_client().get_serve_details()
-    deployments = details["applications"].get(APPLICATION, {}).get("deployments", {})
+    replicas = application_details()["deployments"].get("engine", {}).get("replicas", [])
     return [
-        {
-            "replica": r["replica_id"],
-            "node": r["node_ip"] or "",
-            "state": str(getattr(r["state"], "value", r["state"])),
-        }
-        for r in deployments.get("engine", {}).get("replicas", [])
+        {"replica": r["replica_id"], "node": r["node_ip"] or "", "state": str(getattr(r["state"], "value", r["state"]))}
+        for r in replicas
     ]
 
 

@@ -48,4 +48,4 @@ class Progress:
     def say(self, text: str) -> None:
         """Print `text` as it is."""
         self._status.stop()
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
