@@ -11,9 +11,9 @@ from experts.ops.sort import SortedRows
 def group_rows(expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int) -> SortedRows:
     """`sort_by_expert` for a card: sizes depend on shapes alone, so nothing waits and a CUDA graph can hold it.
 
-    expert_ids_TK: integers in [0, num_experts); weights_TK: any float dtype. `expert_ids_S` lists every expert, the ones
-    without rows too; or, when there are four times as many experts as rows, it names each row's expert in the order that
-    the rows came in: most would be alone with their expert, so sorting gains nothing.
+    expert_ids_TK: integers in [0, num_experts); weights_TK: any float dtype. `expert_ids_S` lists every expert, those
+    without rows too; or, when there are four times as many experts as rows, it names each row's expert in the order
+    that the rows came in: most would be alone with their expert, so sorting gains nothing.
     """
     num_tokens, experts_per_token = expert_ids_TK.shape
     num_rows = num_tokens * experts_per_token
