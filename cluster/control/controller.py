@@ -161,6 +161,8 @@ class Controller:
                             "device": m.device,
                             "address": m.replica.address,
                             "ready": m.ready,
+                            "leaving": m.leaving,
+                            "tokens_per_s": round(m.tokens_per_s, 1),
                             "loaded_bytes": m.loaded_bytes,
                             "total_bytes": m.total_bytes,
                         }
