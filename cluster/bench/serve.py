@@ -13,6 +13,7 @@ import os
 import platform
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ DEFAULT_SERVERS = (
     "transformers-continuous",
 )
 VLLM_PYTHON_VARIABLE = "EXPERTMESH_BENCH_VLLM_PYTHON"
+TRANSFORMERS_TIMEOUT_S = 1200
 FIGURES = ("output_tokens_per_s", "ttft_ms_p50", "itl_ms_p50", "itl_ms_p99", "e2e_ms_p50")
 
 
@@ -221,7 +223,10 @@ def _measure_transformers(
     argv = (sys.executable, "-m", "cluster.bench.transformers_peer", str(directory), mode, str(result))
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with child_process(argv, env=env, log=log, stdin=json.dumps(job)) as process:
-        process.wait()
+        try:
+            process.wait(TRANSFORMERS_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise MeshError(f"not done after {TRANSFORMERS_TIMEOUT_S} s") from error
         if process.returncode != 0 or not result.exists():
             raise MeshError(f"does not run this checkpoint:\n{log_tail(log, 3)}")
     timings: dict[int, list[RequestTiming]] = {}

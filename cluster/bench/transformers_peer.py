@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    # A failed manager's thread would keep the interpreter; the result is on disk.
-    sys.stdout.flush()
-    os._exit(0)
+    code = 0
+    try:
+        main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    # The thread of a failed continuous-batching manager would keep the interpreter; the result is on disk.
+    sys.stderr.flush()
+    os._exit(code)
