@@ -20,6 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import cluster.serving.grok_1  # noqa: F401  (registers with transformers)
+
 SPECIAL_TOKENS = ["<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ 'assistant' if message.role == 'assistant' else 'user' }}|>"
@@ -90,6 +92,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+    "grok-1": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "attn_output_multiplier": 0.7,
+        "max_attn_value": 3.0,
+        "embedding_multiplier_scale": 7.5,
+        "output_multiplier_scale": 0.6,
+        "tie_word_embeddings": True,
+    },
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 2.0},
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "ernie4_5_moe": {
@@ -116,6 +127,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "bias" in name or "sinks" in name:  # zero at first, which would hide a bias that is ignored
                 tensor.data.normal_(std=0.1)
+            if name.endswith("norm.scale"):  # one at first, which would hide norms that are swapped
+                tensor.data.uniform_(0.5, 1.5)
         model.save_pretrained(directory)
         if family != architecture:
             path = directory / "config.json"

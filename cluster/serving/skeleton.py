@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+import cluster.serving.grok_1  # noqa: F401  (registers with transformers)
 from cluster.serving import attention, moe_block
 from cluster.serving.attention_batch import AttentionBatch
 from cluster.serving.kv_cache import KVLayout

@@ -4,6 +4,7 @@ Three shapes of names are known, all under a module prefix that holds the layer'
 
     {prefix}experts.{e}.gate_proj.weight, up_proj, down_proj     DeepSeek, Qwen, OLMoE, GLM, Ernie, ... [I, H]
     {prefix}experts.{e}.w1.weight, w3, w2                        Mixtral, Phi, MiniMax
+    {prefix}experts.{e}.linear.weight, linear_v, linear_1        Grok-1
     {prefix}experts.{e}.up_proj.weight, down_proj | wi, wo       plain experts: Nemotron-H, Switch
     {prefix}experts.gate_up_proj, down_proj                      all in one tensor, [E, 2I, H] or [E, H, 2I]
     {prefix}input_linear.weight, output_linear.weight            the same, Granite
@@ -27,6 +28,7 @@ _PER_EXPERT = re.compile(
 _PER_EXPERT_PROJECTIONS = (
     ("w1", "w3", "w2"),
     ("gate_proj", "up_proj", "down_proj"),
+    ("linear", "linear_v", "linear_1"),
     (None, "up_proj", "down_proj"),
     ("wi_0", "wi_1", "wo"),
     (None, "wi", "wo"),
@@ -217,6 +219,8 @@ def _spec(config: Mapping[str, Any], hidden_size: int, intermediate_size: int, g
     if config.get("model_type") == "gpt_oss":
         # Its config says silu; what it computes is x * sigmoid(1.702 x), clamped, times up + 1.
         activation, limit, up_shift = "quick_gelu", float(config.get("swiglu_limit", 7.0)), 1.0
+    if config.get("model_type") == "grok-1":
+        activation = "gelu_tanh"  # its config has no key for it; what JAX calls gelu
     if activation not in ACTIVATIONS:
         raise CheckpointError(
             f"config.json: activation {activation!r} is not known; known are {', '.join(ACTIVATIONS)}"

@@ -60,7 +60,7 @@ def _mixtral(config: Mapping[str, Any]) -> GateSpec:
 def _grok_1(config: Mapping[str, Any]) -> GateSpec:
     return GateSpec(
         system="grok_1",
-        num_experts=_need(config, "num_experts"),
+        num_experts=_need(config, "num_experts", "num_local_experts"),
         num_experts_per_tok=_need(config, "num_selected_experts", "num_experts_per_tok"),
     )
 

@@ -24,7 +24,18 @@ from router_service.transport.in_process import InProcessTransport
 
 CPU = torch.device("cpu")
 QUICK = ["deepseek_v3", "gpt_oss"]
-SLOW = ["mixtral", "qwen3_moe", "deepseek_v2", "olmoe", "qwen2_moe", "glm4_moe", "granitemoe", "phimoe", "ernie4_5_moe"]
+SLOW = [
+    "mixtral",
+    "grok-1",
+    "qwen3_moe",
+    "deepseek_v2",
+    "olmoe",
+    "qwen2_moe",
+    "glm4_moe",
+    "granitemoe",
+    "phimoe",
+    "ernie4_5_moe",
+]
 
 
 def connected_router(checkpoint: Checkpoint, gates: Mapping[int, Gate], num_groups: int) -> Router:

@@ -18,7 +18,7 @@ from cluster.serving.moe_block import MoeBlock
 from cluster.serving.skeleton import ModelSkeleton, load_skeleton
 from experts.errors import CheckpointError
 
-ROUTED = ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "kimi_k2"]
+ROUTED = ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "kimi_k2", "grok-1"]
 FALLBACK = ["olmoe", "gpt_oss"]
 FALLBACK_SLOW = ["qwen2_moe", "glm4_moe", "granitemoe", "phimoe", "ernie4_5_moe"]
 EVERY = [*ROUTED, *FALLBACK, *(pytest.param(family, marks=pytest.mark.slow) for family in FALLBACK_SLOW)]
