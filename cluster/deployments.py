@@ -157,8 +157,7 @@ def _transport(config: MeshConfig) -> Transport | None:
     if config.router.transport == "grpc":
         from router_service.transport.grpc_stream import GrpcTransport
 
-        wire_dtype = config.router.wire_dtype
-        return GrpcTransport(wire_dtype="model" if wire_dtype == "auto" else wire_dtype)
+        return GrpcTransport(wire_dtype=config.router.wire_dtype)
     if config.router.transport == "ray":
         from router_service.transport.ray_refs import RayRefsTransport
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from cluster.config.mesh import MeshConfig
+from cluster.config.mesh import MeshConfig, RouterConfig
 from cluster.control.client import ControllerClient
 from cluster.control.follow import follow_tables
 from cluster.engine_limits import engine_limits
@@ -25,7 +26,9 @@ from experts.errors import ConfigError
 from experts.group import ExpertGroup
 from experts.spec import ExpertKey
 from experts.weights.checkpoint import Checkpoint
-from experts.weights.layout import describe_experts
+from experts.weights.layout import ExpertLayout, describe_experts
+from router_service.gating.capacity import CapacityGate
+from router_service.gating.gate import Gate
 from router_service.placement import GroupReplica, PlacementTable, balanced
 from router_service.router import Router
 from router_service.server import RouterServer
@@ -85,7 +88,7 @@ class EngineHost:
             table, transport = None, self._transport
         self._router = Router(
             transport,
-            skeleton.gates,
+            _with_capacity(skeleton.gates, describe_experts(checkpoint, checkpoint.config()), config.router),
             recovery_timeout_s=config.router.recovery_timeout_s,
             on_expert_loss=config.experts.on_expert_loss,
             node=self._node if config.router.transport == "grpc" else None,
@@ -176,6 +179,15 @@ class EngineHost:
                 for group in range(table.num_groups)
             )
         )
+
+
+def _with_capacity(gates: Mapping[int, Gate], layout: ExpertLayout, router: RouterConfig) -> Mapping[int, Gate]:
+    if router.capacity_factor is None:
+        return gates
+    return {
+        layer: CapacityGate(gate, layout.experts_per_layer[layer], router.capacity_factor, router.overflow)
+        for layer, gate in gates.items()
+    }
 
 
 def _local_experts(checkpoint: Checkpoint, config: MeshConfig) -> tuple[PlacementTable, Transport]:

@@ -15,32 +15,54 @@ class _Section(BaseModel):
 
 class ModelConfig(_Section):
     source: str = Field(description="Checkpoint directory, or hub id")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["none", "fp16", "fp8", "fp8_block", "int8", "int4"] = "none"
-    served_name: str | None = None
-    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: the checkpoint's own on a GPU, float32 on a CPU"
+    )
+    quantization: Literal["none", "fp16", "fp8", "fp8_block", "int8", "int4"] = Field(
+        "none", description="How groups hold experts; CPUs have none, fp16 and int8, GPUs all but fp16"
+    )
+    served_name: str | None = Field(None, description="What clients call the model; null: directory's name or hub id")
+    revision: str | None = Field(None, description="Of a hub id: branch, tag or commit")
 
 
 class ExpertsConfig(_Section):
-    groups: Annotated[int, Field(ge=1, le=4096)] = 4
+    groups: Annotated[int, Field(ge=1, le=4096)] = Field(4, description="Expert groups, each an actor on its device")
     num_gpus: float | Auto = "auto"
     num_cpus: float = Field(0.1, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_redundant_experts: Annotated[int, Field(ge=0)] = 0
-    placement: Literal["balanced"] = "balanced"
-    on_expert_loss: Literal["failover", "reload", "degrade", "fail"] = "failover"
+    num_redundant_experts: Annotated[int, Field(ge=0)] = Field(
+        0, description="Slots of each layer beyond one per expert"
+    )
+    on_expert_loss: Literal["failover", "reload", "degrade", "fail"] = Field(
+        "failover",
+        description="failover: another replica, else wait; reload: wait for the group itself; degrade: go on "
+        "without what nobody holds, counted; fail: an error at once",
+    )
     listen_host: str = Field("auto", description="Address that groups listen on; auto: their Ray node's")
     label_selector: dict[str, str] = Field(default_factory=dict, description="Ray node labels that groups need")
     resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources of each group")
 
 
 class RouterConfig(_Section):
-    transport: Literal["in_process", "grpc", "ray"] = "grpc"
-    wire_dtype: Literal["auto", "model", "bf16", "fp8"] = "auto"
-    max_nodes_per_token: Annotated[int, Field(ge=1)] | None = None
-    node_limit_mode: Literal["exact", "restrict"] = "exact"
-    capacity_factor: Annotated[float, Field(gt=0)] | None = None
-    recovery_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    transport: Literal["in_process", "grpc", "ray"] = Field(
+        "grpc", description="ray: object refs; in_process: the experts live in the engine's process"
+    )
+    wire_dtype: Literal["model", "bf16", "fp8"] = Field(
+        "model", description="What tensors travel in over gRPC; model: nothing is lost with a float32 model"
+    )
+    max_nodes_per_token: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Limit the nodes that a token's experts are on; null: no limit"
+    )
+    node_limit_mode: Literal["exact", "restrict"] = Field(
+        "exact", description="exact: choose among replicas, outputs unchanged; restrict: DeepSeek-V2's, outputs change"
+    )
+    capacity_factor: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Tokens of an expert beyond ceil(T*K/E * factor) overflow; null: no capacity"
+    )
+    overflow: Literal["drop", "next_best"] = Field("drop", description="Where overflowing tokens go")
+    recovery_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="Longest wait for a lost group before the requests in flight fail"
+    )
     service_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
         None, description="Offer RouterService over gRPC on this port of each engine; 0: any free one; null: not"
     )
@@ -48,22 +70,16 @@ class RouterConfig(_Section):
 
 class EngineConfig(_Section):
     replicas: Annotated[int, Field(ge=1)] = 1
-    max_num_seqs: Annotated[int, Field(ge=1)] = 64
-    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 2048
+    max_num_seqs: Annotated[int, Field(ge=1)] = Field(64, description="Sequences computed at a time")
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] = Field(2048, description="Tokens of one step")
     max_model_len: Annotated[int, Field(ge=1)] | Auto = "auto"
     kv_cache_memory: Annotated[int, Field(ge=1)] | Auto = Field("auto", description="Bytes, or auto")
-    max_queue_len: Annotated[int, Field(ge=0)] = 256
+    max_queue_len: Annotated[int, Field(ge=0)] = Field(256, description="Sequences that may wait; then 429")
     num_cpus: float = Field(0.1, ge=0)
     num_gpus: float | Auto = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     label_selector: dict[str, str] = Field(default_factory=dict)
     resources: dict[str, float] = Field(default_factory=dict)
-
-
-class EplbConfig(_Section):
-    window_size: Annotated[int, Field(ge=1)] = 1000
-    step_interval: Annotated[int, Field(ge=1)] = 3000
-    min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.05
 
 
 class WorkerGroupConfig(_Section):
@@ -95,7 +111,7 @@ class AutoscalingSection(_Section):
 class HttpConfig(_Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    api_keys_file: str | None = None
+    api_keys_file: str | None = Field(None, description="One key a line; /v1 then wants one as bearer token")
 
 
 class MeshConfig(_Section):
@@ -105,6 +121,5 @@ class MeshConfig(_Section):
     experts: ExpertsConfig = ExpertsConfig()
     router: RouterConfig = RouterConfig()
     engine: EngineConfig = EngineConfig()
-    eplb_config: EplbConfig = EplbConfig()
     autoscaling: AutoscalingSection = AutoscalingSection()
     http: HttpConfig = HttpConfig()
