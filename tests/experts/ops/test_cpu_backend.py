@@ -106,6 +106,22 @@ def test_nan_and_inf_stay_with_their_token(quantization: str) -> None:
     assert got[2].isfinite().all()
 
 
+def test_threads_join_a_caller_in_inference_mode() -> None:
+    generator = torch.Generator().manual_seed(5)
+    spec = ExpertSpec(hidden_size=32, intermediate_size=48)
+    backend = CpuBackend(spec, num_threads=2)
+    experts = [random_weights(spec, generator) for _ in range(NUM_EXPERTS)]
+    for slot, weights in enumerate(experts):
+        backend.load(slot, weights)
+    hidden_TH = torch.randn(400, spec.hidden_size, generator=generator)
+    rows = random_rows(400, 2, generator)
+    with torch.inference_mode():
+        for _ in range(20):  # either thread may have been fast enough to do all of one
+            partial_TH = backend.forward(hidden_TH, *rows)
+    expected_TH = expert_mlp_reference(spec, experts, hidden_TH, *rows[1:])
+    torch.testing.assert_close(partial_TH.double(), expected_TH, atol=1e-5, rtol=1e-5)
+
+
 def test_tokens_without_experts_get_zero_and_an_empty_call_an_empty_answer() -> None:
     generator = torch.Generator().manual_seed(3)
     spec = ExpertSpec(hidden_size=16, intermediate_size=8)
