@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import statistics
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -97,7 +99,8 @@ class AutoscaleBench:
         }
         return {
             "model": {"source": str(self.checkpoint.resolve()), "served_name": MODEL_NAME},
-            "engine": {"max_num_seqs": self.streams},
+            # One engine lets half of the peak wait.
+            "engine": {"max_num_seqs": max(1, self.streams // 2)},
             # Without failover nothing hides a call that a departing replica did not answer.
             "experts": {"groups": self.groups, "listen_host": "127.0.0.1", "on_expert_loss": "fail"},
             "autoscaling": {
@@ -137,8 +140,11 @@ def run(bench: AutoscaleBench, console: Console) -> Run:
     """Starts Ray here, serves, sends the load, and takes everything down again."""
     console.print("transformers' own answers ...")
     expected = {length: _expected(bench.checkpoint, length) for length in {p.new_tokens for p in bench.phases()}}
-    # Serve's ten seconds between two reports would make a run long and its picture coarse.
+    # Serve's ten seconds between two reports would make a run long and its picture coarse. This process read Serve's
+    # defaults before, and warns of look-backs below them.
     os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
+    warnings.filterwarnings("ignore", "`look_back_period_s`", FutureWarning)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     port = free_port()
     console.print("Ray and the application ...")
     start_local_ray()

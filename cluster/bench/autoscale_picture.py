@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 _ENGINE, _GROUPS, _FIRST, _WHOLE = "#2a78b5", "#7a3e9d", "#e08a1e", "#555555"
+# Beside the axes: inside there is always a line below it.
+_LEGEND = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "fontsize": 8, "frameon": False}
 
 
 class Answered(Protocol):
@@ -48,13 +50,13 @@ def draw(
     replicas.set_ylabel("replicas")
     replicas.set_ylim(bottom=0)
     replicas.yaxis.get_major_locator().set_params(integer=True)
-    replicas.legend(loc="upper left", fontsize=8, ncols=2)
+    replicas.legend(**_LEGEND)
 
     queue.fill_between(times, [s["in_flight"] for s in samples], step="post", color=_ENGINE, alpha=0.25)
     queue.step(times, [s["in_flight"] for s in samples], where="post", color=_ENGINE, label="in flight")
     queue.step(times, [s["waiting"] for s in samples], where="post", color=_FIRST, label="waiting for a first token")
     queue.set_ylabel("requests")
-    queue.legend(loc="upper left", fontsize=8)
+    queue.legend(**_LEGEND)
 
     good = [request for request in requests if not request.error]
     latency.scatter(
@@ -69,7 +71,7 @@ def draw(
     latency.set_ylabel("seconds")
     latency.set_yscale("log")
     latency.set_xlabel("seconds since the load began")
-    latency.legend(loc="upper left", fontsize=8)
+    latency.legend(**_LEGEND)
 
     for axes in (replicas, queue, latency):
         axes.grid(alpha=0.25)
