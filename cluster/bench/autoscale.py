@@ -6,11 +6,13 @@ compared with what transformers' own `generate` makes of the same prompt.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
 import os
 import statistics
+import sys
 import threading
 import time
 import warnings
@@ -313,7 +315,8 @@ def command(
     bench = AutoscaleBench(checkpoint=checkpoint, groups=groups, streams=streams, seconds=seconds)
     if picture is not None and (picture.suffix.lower() != ".png" or not picture.parent.is_dir()):
         raise ConfigError(f"--picture {picture}: give a name that ends in .png, in a directory that exists")
-    result = run(bench, Console(stderr=True))
+    with contextlib.redirect_stdout(sys.stderr):  # Ray's farewells are not JSON
+        result = run(bench, Console(stderr=True))
     if picture is not None:
         draw(result.samples, result.requests, result.phases, picture)
     summary = summarise(result)
