@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,6 +37,8 @@ from router_service.transport.base import Transport
 from router_service.transport.in_process import InProcessTransport
 
 log = logging.getLogger(__name__)
+# gRPC's threads must get a word in while the engine's thread computes; Python's 5 ms is a layer's time.
+_SWITCH_INTERVAL_S = 0.0002
 
 
 class EngineHost:
@@ -80,6 +83,7 @@ class EngineHost:
     async def start(self) -> None:
         """Return when requests can be answered."""
         config = self._config
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         checkpoint = open_checkpoint(config.model)
         skeleton, tokenizer = await asyncio.to_thread(self._load, checkpoint)
         if self._transport is None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import time
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from experts.weights.layout import describe_experts
 from router_service.placement import GroupReplica
 
 log = logging.getLogger(__name__)
+# gRPC's threads must get a word in while a call is computed; Python's 5 ms is several calls' time.
+_SWITCH_INTERVAL_S = 0.0002
 _RETRY_S = 0.5
 _PROGRESS_S = 0.5
 _REPORT_S = 2.0
@@ -75,6 +78,7 @@ class GroupHost:
 
     async def start(self) -> None:
         """Return when the group holds its experts and the table says so. Raises what loading raised."""
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._server.start()
         self._membership = asyncio.create_task(self._stay_member())
         entered = asyncio.create_task(self._entered.wait())
