@@ -12,7 +12,7 @@ import torch
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from cluster.config.mesh import MeshConfig, RouterConfig
+from cluster.config.mesh import EngineConfig, MeshConfig, RouterConfig
 from cluster.control.client import ControllerClient
 from cluster.control.follow import follow_tables
 from cluster.engine_limits import engine_limits
@@ -20,6 +20,7 @@ from cluster.model_files import expert_backend, open_checkpoint, pick_device, pi
 from cluster.observe.expert_metrics import ExpertMetrics
 from cluster.serving.engine import Engine
 from cluster.serving.health import GroupHealth, Health
+from cluster.serving.model_runner import OverlapThresholds
 from cluster.serving.openai_api import create_app
 from cluster.serving.skeleton import ModelSkeleton, load_skeleton
 from cluster.serving.tokenizer import Tokenizer, load_tokenizer
@@ -110,6 +111,7 @@ class EngineHost:
             max_model_len=max_model_len,
             kv_cache_memory=kv_cache_memory,
             max_queue_len=config.engine.max_queue_len,
+            overlap=_overlap(config.engine),
         )
         self._engine.start()
         self._app = create_app(
@@ -183,6 +185,14 @@ class EngineHost:
                 for group in range(table.num_groups)
             )
         )
+
+
+def _overlap(engine: EngineConfig) -> OverlapThresholds | None:
+    if not engine.enable_dbo:
+        return None
+    return OverlapThresholds(
+        decode_tokens=engine.dbo_decode_token_threshold, prefill_tokens=engine.dbo_prefill_token_threshold
+    )
 
 
 def _with_capacity(gates: Mapping[int, Gate], layout: ExpertLayout, router: RouterConfig) -> Mapping[int, Gate]:

@@ -51,13 +51,20 @@ def parse_mesh(document: Any, *, origin: str, root: yaml.Node | None = None) -> 
     if not isinstance(document, Mapping):
         raise ConfigError(f"{origin}: expected a mapping with at least `model: {{source: ...}}`")
     try:
-        return MeshConfig.model_validate(document)
+        config = MeshConfig.model_validate(document)
     except ValidationError as error:
         problems = [
             f"{origin}{_line(root, item['loc'])}: {_describe(item['type'], item['loc'], item['msg'], item['input'])}"
             for item in error.errors()
         ]
         raise ConfigError("\n".join(dict.fromkeys(problems))) from None
+    if config.engine.enable_dbo and config.router.transport == "in_process":
+        line = _line(root, ("engine", "enable_dbo"))
+        raise ConfigError(
+            f"{origin}{line}: `engine.enable_dbo`: with `router.transport: in_process` experts are never waited for; "
+            "leave one of the two out"
+        )
+    return config
 
 
 def _describe(kind: str, location: Location, message: str, given: Any) -> str:

@@ -75,6 +75,18 @@ class EngineConfig(_Section):
     max_model_len: Annotated[int, Field(ge=1)] | Auto = "auto"
     kv_cache_memory: Annotated[int, Field(ge=1)] | Auto = Field("auto", description="Bytes, or auto")
     max_queue_len: Annotated[int, Field(ge=0)] = Field(256, description="Sequences that may wait; then 429")
+    enable_dbo: bool = Field(
+        False,
+        description="Dual batch overlap: compute large steps as two micro-batches, one while the other's experts are "
+        "out. Outputs are unchanged. Pays where experts are elsewhere, costs where they share the engine's "
+        "processors; `expertmesh bench overlap` measures both",
+    )
+    dbo_decode_token_threshold: Annotated[int, Field(ge=2)] = Field(
+        32, description="Fewest tokens of a step that is overlapped, where all sequences decode"
+    )
+    dbo_prefill_token_threshold: Annotated[int, Field(ge=2)] = Field(
+        512, description="The same where prompts are in the step"
+    )
     num_cpus: float = Field(0.1, ge=0)
     num_gpus: float | Auto = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -103,8 +103,9 @@ def _decode(
 ) -> torch.Tensor:
     """One query row a slot against the arena's slots, all at once. Returns [heads, B, value dim]."""
     arena = group.arena
-    key_SHLD = arena.key[layer, : group.num_slots, :, : group.max_len]
-    value_SHLV = arena.value[layer, : group.num_slots, :, : group.max_len]
+    slots = slice(group.first_slot, group.first_slot + group.num_slots)
+    key_SHLD = arena.key[layer, slots, :, : group.max_len]
+    value_SHLV = arena.value[layer, slots, :, : group.max_len]
     num_kv_heads = key_SHLD.shape[1]
     heads, _, dim = query_HBD.shape
     query_BHD = query_HBD.transpose(0, 1)

@@ -17,19 +17,33 @@ from cluster.serving.kv_cache import Arena, Slot
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """`num_tokens` new tokens of the sequence in `slot`, after the `slot.length` that are there."""
+    """`num_tokens` new tokens of the sequence in `slot`, `offset` after the `slot.length` that are there.
+
+    offset: tokens in between; another micro-batch writes them before this one attends to them
+    """
 
     slot: Slot
     num_tokens: int
+    offset: int = 0
+
+    @property
+    def begin(self) -> int:
+        """Position of the first of them in the sequence."""
+        return self.slot.length + self.offset
+
+    @property
+    def end(self) -> int:
+        """Position after the last."""
+        return self.begin + self.num_tokens
 
 
 @dataclass(kw_only=True, slots=True)
 class DecodeGroup:
     """Sequences of one arena with one new token each.
 
-    They have rows [start, stop) of the batch; slots [0, num_slots) of the arena are computed.
+    They have rows [start, stop) of the batch; slots [first_slot, first_slot + num_slots) of the arena are computed.
 
-    rows_B:   slot of each row, None where rows and slots are the same 0..B-1
+    rows_B:   slot of each row, counted from first_slot; None where there is a row for each slot
     slots_B, positions_B: where each row's key and value are written
     max_len:  longest sequence, the new token included
     """
@@ -37,6 +51,7 @@ class DecodeGroup:
     arena: Arena
     start: int
     stop: int
+    first_slot: int
     num_slots: int
     rows_B: torch.Tensor | None
     slots_B: torch.Tensor
@@ -111,39 +126,35 @@ class AttentionBatch:
         for key, members in singles.items():
             if members:
                 members.sort(key=lambda index: chunks[index].slot.index)
-                self._add_group(arenas[key], [chunks[index].slot for index in members], device)
+                self._add_group(arenas[key], [chunks[index] for index in members], device)
                 self.order += members
         for index in spans:
-            slot, num_tokens = chunks[index].slot, chunks[index].num_tokens
-            start, self.num_tokens = self.num_tokens, self.num_tokens + num_tokens
+            chunk = chunks[index]
+            start, self.num_tokens = self.num_tokens, self.num_tokens + chunk.num_tokens
             self.prefill_spans.append(
-                PrefillSpan(
-                    slot=slot,
-                    start=start,
-                    stop=self.num_tokens,
-                    begin=slot.length,
-                    end=slot.length + num_tokens,
-                )
+                PrefillSpan(slot=chunk.slot, start=start, stop=self.num_tokens, begin=chunk.begin, end=chunk.end)
             )
             self.order.append(index)
 
-    def _add_group(self, arena: Arena, slots: Sequence[Slot], device: torch.device) -> None:
-        start, self.num_tokens = self.num_tokens, self.num_tokens + len(slots)
-        num_slots = slots[-1].index + 1
+    def _add_group(self, arena: Arena, chunks: Sequence[Chunk], device: torch.device) -> None:
+        start, self.num_tokens = self.num_tokens, self.num_tokens + len(chunks)
+        first_slot = chunks[0].slot.index
+        num_slots = chunks[-1].slot.index + 1 - first_slot
         lengths = [1] * num_slots
-        for slot in slots:
-            lengths[slot.index] = slot.length + 1
+        for chunk in chunks:
+            lengths[chunk.slot.index - first_slot] = chunk.end
         max_len = max(lengths)
-        slots_B = torch.tensor([slot.index for slot in slots], device=device)
+        slots_B = torch.tensor([chunk.slot.index for chunk in chunks], device=device)
         self.decode_groups.append(
             DecodeGroup(
                 arena=arena,
                 start=start,
                 stop=self.num_tokens,
+                first_slot=first_slot,
                 num_slots=num_slots,
-                rows_B=None if num_slots == len(slots) else slots_B,
+                rows_B=None if num_slots == len(chunks) else slots_B - first_slot,
                 slots_B=slots_B,
-                positions_B=torch.tensor([slot.length for slot in slots], device=device),
+                positions_B=torch.tensor([chunk.begin for chunk in chunks], device=device),
                 lengths_S=torch.tensor(lengths, device=device),
                 max_len=max_len,
                 all_full=min(lengths) == max_len,

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.serving.attention_batch import AttentionBatch, Chunk
 from cluster.serving.kv_cache import KVCache
+from cluster.serving.micro_batch import Step
+from cluster.serving.model_runner import ModelRunner, OverlapThresholds
 from cluster.serving.request import SamplingParams, TokenEvent
 from cluster.serving.sampler import sample
 from cluster.serving.scheduler import Scheduler
@@ -31,10 +32,12 @@ class StepTimes:
     """Seconds since the start, by what they went to; on a GPU, launches rather than kernels.
 
     total_s holds the other four and what remains: the modules around attention and experts.
-    router_wait_s: waiting for experts, after the shared expert was done
+    router_wait_s: waiting for experts, after the shared expert was done and while no other micro-batch computed
+    overlapped_steps: those of `steps` that were computed as two micro-batches
     """
 
     steps: int = 0
+    overlapped_steps: int = 0
     total_s: float = 0.0
     attention_s: float = 0.0
     router_send_s: float = 0.0
@@ -63,6 +66,7 @@ class Engine:
     max_model_len:          most tokens of a sequence, prompt included
     kv_cache_memory:        bytes
     max_queue_len:          most sequences waiting beyond those in the batch
+    overlap:                which steps are computed as two micro-batches; None: none
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Engine:
         max_model_len: int,
         kv_cache_memory: int,
         max_queue_len: int,
+        overlap: OverlapThresholds | None = None,
     ) -> None:
         """Raises ConfigError where the limits contradict each other or the model."""
         if max_model_len > skeleton.max_position_embeddings:
@@ -87,6 +92,7 @@ class Engine:
                 f"({max_num_seqs}): a step must have room for a token of every sequence"
             )
         self._skeleton = skeleton
+        self._runner = ModelRunner(skeleton, overlap)
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
         self._capacity = max_num_seqs + max_queue_len
@@ -110,7 +116,7 @@ class Engine:
         self._finished_at: deque[float] = deque(maxlen=_FINISH_RATE_WINDOW)
         self._prompt_tokens = 0
         self._generation_tokens = 0
-        self._steps = 0
+        self._steps = self._overlapped_steps = 0
         self._total_s = self._attention_s = self._sampling_s = 0.0
 
     @property
@@ -188,6 +194,7 @@ class Engine:
             preemptions=self._scheduler.num_preemptions,
             times=StepTimes(
                 steps=self._steps,
+                overlapped_steps=self._overlapped_steps,
                 total_s=self._total_s,
                 attention_s=self._attention_s,
                 router_send_s=connection.send_s,
@@ -222,7 +229,7 @@ class Engine:
     @torch.inference_mode()
     def _run(self) -> None:
         while self._take_news():
-            step: list[tuple[RunningSequence, Chunk]] = []
+            step: Step = []
             try:
                 step = self._scheduler.schedule()
                 if step:
@@ -250,38 +257,21 @@ class Engine:
                 self._end(self._unfinished[request_id], TokenEvent(token_id=None, finish_reason="abort"))
         return not stopping
 
-    def _step(self, step: Sequence[tuple[RunningSequence, Chunk]]) -> None:
+    def _step(self, step: Step) -> None:
         started = time.perf_counter()
-        device = self._skeleton.device
-        batch = AttentionBatch([chunk for _, chunk in step], device)
-        ordered = [step[index] for index in batch.order]
-        tokens: list[int] = []
-        positions: list[int] = []
-        logits_rows: list[int] = []
-        sampled: list[RunningSequence] = []
-        for sequence, chunk in ordered:
+        for sequence, _ in step:
             if sequence.queued_s is None:
                 sequence.queued_s = time.monotonic() - sequence.submitted
-            begin, end = chunk.slot.length, chunk.slot.length + chunk.num_tokens
-            tokens += sequence.tokens[begin:end]
-            positions += range(begin, end)
-            if end == len(sequence.tokens):
-                logits_rows.append(len(tokens) - 1)
-                sampled.append(sequence)
-        logits = self._skeleton.forward(
-            torch.tensor(tokens, device=device),
-            torch.tensor(positions, device=device),
-            batch,
-            torch.tensor(logits_rows, device=device, dtype=torch.long),
-        )
-        for _, chunk in ordered:
+        output = self._runner.run(step)
+        for _, chunk in step:
             chunk.slot.length += chunk.num_tokens
         sampling = time.perf_counter()
-        if sampled:
-            self._sample(logits, sampled)
+        if output.sampled:
+            self._sample(output.logits, output.sampled)
         ended = time.perf_counter()
         self._steps += 1
-        self._attention_s += batch.seconds
+        self._overlapped_steps += output.num_micro_batches > 1
+        self._attention_s += output.attention_s
         self._sampling_s += ended - sampling
         self._total_s += ended - started
 

@@ -8,6 +8,7 @@ only its experts module is emptied and calls `router.dispatch` through transform
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +26,10 @@ class Pending(Protocol):
         """combined_TH, in the dtype of the hidden states sent."""
         ...
 
+    def cancel(self) -> None:
+        """Nobody wants the result any more."""
+        ...
+
 
 class ExpertRouter(Protocol):
     """What a MoE block needs of `router_service.router.Router`."""
@@ -36,14 +41,20 @@ class ExpertRouter(Protocol):
     ) -> Pending: ...
 
 
+def _nothing() -> None:
+    """What there is to do while experts are out, where there is no other micro-batch."""
+
+
 @dataclass(kw_only=True, slots=True)
 class RouterConnection:
     """The router that all blocks of a model share, and the seconds that they spent on it.
 
-    send_s: gate, plan and handing over;  wait_s: from there to the answer, shared expert not counted
+    meanwhile: called while experts are out and nothing is left to do for these tokens
+    send_s:    gate, plan and handing over;  wait_s: from there to the answer, shared expert and `meanwhile` not counted
     """
 
     router: ExpertRouter | None = None
+    meanwhile: Callable[[], None] = _nothing
     send_s: float = 0.0
     wait_s: float = 0.0
 
@@ -61,6 +72,11 @@ class RouterConnection:
         return pending
 
     def receive(self, pending: Pending) -> torch.Tensor:
+        try:
+            self.meanwhile()
+        except BaseException:
+            pending.cancel()
+            raise
         started = time.perf_counter()
         combined_TH = pending.result()
         self.wait_s += time.perf_counter() - started

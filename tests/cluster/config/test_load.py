@@ -41,6 +41,11 @@ def test_relative_source_is_found_beside_the_file(tmp_path: Path, monkeypatch: p
         ("model:\n  source: x\nrouter:\n  transport: pigeon\n", 4, ("router.transport", "grpc")),
         ("model:\n  dtype: float32\n", 1, ("model.source", "missing")),
         ("model:\n  source: x\nhttp:\n  port: 99999\n", 4, ("http.port", "65535")),
+        (
+            "model:\n  source: x\nengine:\n  enable_dbo: true\nrouter:\n  transport: in_process\n",
+            4,
+            ("engine.enable_dbo", "router.transport"),
+        ),
         ("model:\n  source: x\nhttp:\n  qqqqqqqq: 1\n", 4, ("http.qqqqqqqq", "valid keys here: host, port")),
     ],
 )

@@ -24,6 +24,9 @@ class Answered:
     def result(self) -> torch.Tensor:
         return self._combined_TH
 
+    def cancel(self) -> None:
+        """Nothing is out."""
+
 
 class ReferenceRouter:
     """`route` and `dispatch` over the experts modules of a transformers model."""

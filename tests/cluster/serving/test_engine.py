@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import itertools
 import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cluster.serving.engine import Engine
+from cluster.serving.model_runner import OverlapThresholds
 from cluster.serving.request import SamplingParams, TokenEvent
 from cluster.serving.skeleton import ModelSkeleton
 from experts.errors import ConfigError, GroupUnavailable, QueueFull, RequestError
@@ -26,8 +27,10 @@ LIMITS: dict[str, int] = {
 
 
 @contextmanager
-def running_engine(skeleton: ModelSkeleton, **limits: int) -> Iterator[Engine]:
-    engine = Engine(skeleton, **{**LIMITS, **limits})
+def running_engine(
+    skeleton: ModelSkeleton, overlap: OverlapThresholds | None = None, **limits: int
+) -> Iterator[Engine]:
+    engine = Engine(skeleton, overlap=overlap, **{**LIMITS, **limits})
     engine.start()
     try:
         yield engine
@@ -72,6 +75,7 @@ def random_prompts(*lengths: int) -> list[list[int]]:
 
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+ALWAYS = OverlapThresholds(decode_tokens=2, prefill_tokens=2)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe"])
@@ -97,6 +101,19 @@ def test_together_equals_one_at_a_time(family: str, connected_skeleton: Connect)
     assert together == alone
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_micro_batches_change_no_token(family: str, connected_skeleton: Connect) -> None:
+    skeleton, _ = connected_skeleton(family)
+    prompts = random_prompts(1, 2, 47, 48, 49, 300, 13)
+    with running_engine(skeleton) as engine:
+        expected = generate(engine, prompts, GREEDY)
+    with running_engine(skeleton, overlap=ALWAYS) as engine:
+        assert generate(engine, prompts, GREEDY) == expected
+        times = engine.stats().times
+        assert times.steps / 2 < times.overlapped_steps <= times.steps
+        assert engine.stats().kv_cache_usage == 0.0
+
+
 def test_preemption_changes_no_token(connected_skeleton: Connect) -> None:
     skeleton, _ = connected_skeleton("mixtral")
     prompts = random_prompts(250, 250, 250, 250)
@@ -104,9 +121,10 @@ def test_preemption_changes_no_token(connected_skeleton: Connect) -> None:
     room = 1024 * skeleton.kv_layout.bytes_per_token
     with running_engine(skeleton) as engine:
         expected = generate(engine, prompts, params)
-    with running_engine(skeleton, kv_cache_memory=room) as engine:
-        assert generate(engine, prompts, params) == expected
-        assert engine.stats().preemptions > 0
+    for overlap in (None, ALWAYS):
+        with running_engine(skeleton, overlap=overlap, kv_cache_memory=room) as engine:
+            assert generate(engine, prompts, params) == expected
+            assert engine.stats().preemptions > 0
 
 
 def test_same_seed_same_tokens_whatever_else_runs(connected_skeleton: Connect) -> None:
@@ -157,10 +175,11 @@ def test_a_full_context_ends_with_length(connected_skeleton: Connect) -> None:
         assert listener.last.finish_reason == "length"
 
 
-def test_abort_frees_at_once(connected_skeleton: Connect) -> None:
+@pytest.mark.parametrize("overlap", [None, ALWAYS])
+def test_abort_frees_at_once(overlap: OverlapThresholds | None, connected_skeleton: Connect) -> None:
     skeleton, _ = connected_skeleton("mixtral")
     (prompt,) = random_prompts(20)
-    with running_engine(skeleton) as engine:
+    with running_engine(skeleton, overlap=overlap) as engine:
         listener = Listener()
         request_id = engine.submit(prompt, SamplingParams(max_tokens=900, temperature=0.0, ignore_eos=True), listener)
         listener.next()
@@ -195,7 +214,10 @@ def test_a_full_queue_says_when_to_come_back(connected_skeleton: Connect) -> Non
             engine.abort(request_id)
 
 
-def test_a_lost_group_fails_only_those_in_the_step(connected_skeleton: Connect) -> None:
+@pytest.mark.parametrize(("overlap", "lost_call"), [(None, 0), (ALWAYS, 0), (ALWAYS, 1), (ALWAYS, 3)])
+def test_a_lost_group_fails_only_those_in_the_step(
+    overlap: OverlapThresholds | None, lost_call: int, connected_skeleton: Connect
+) -> None:
     skeleton, _ = connected_skeleton("mixtral")
     router = skeleton.connection.router
     assert router is not None
@@ -203,16 +225,15 @@ def test_a_lost_group_fails_only_those_in_the_step(connected_skeleton: Connect) 
 
     class LosesOnce:
         def __init__(self) -> None:
-            self.lost = threading.Event()
+            self.calls = itertools.count()
 
         def route(self, layer: int, hidden_TH: torch.Tensor) -> Any:
-            if not self.lost.is_set():
-                self.lost.set()
+            if next(self.calls) == lost_call:
                 raise GroupUnavailable("expert group 3 did not come back within 1 s", 3)
             return router.route(layer, hidden_TH)
 
     skeleton.connect(LosesOnce())  # type: ignore[arg-type]
-    with running_engine(skeleton) as engine:
+    with running_engine(skeleton, overlap=overlap) as engine:
         listener = Listener()
         engine.submit(prompt, GREEDY, listener)
         listener.wait()
@@ -233,11 +254,13 @@ def test_limits_that_contradict_are_refused(connected_skeleton: Connect) -> None
             Engine(skeleton, **{**LIMITS, **limits})
 
 
-def test_stop_aborts_what_is_unfinished(connected_skeleton: Connect) -> None:
+@pytest.mark.parametrize("overlap", [None, ALWAYS])
+def test_stop_aborts_what_is_unfinished(overlap: OverlapThresholds | None, connected_skeleton: Connect) -> None:
     skeleton, _ = connected_skeleton("mixtral")
-    (prompt,) = random_prompts(5)
-    listener = Listener()
-    with running_engine(skeleton) as engine:
-        engine.submit(prompt, SamplingParams(max_tokens=900, temperature=0.0, ignore_eos=True), listener)
-        listener.next()
-    assert listener.last.finish_reason == "abort"
+    listeners = [Listener(), Listener()]
+    with running_engine(skeleton, overlap=overlap) as engine:
+        for prompt, listener in zip(random_prompts(5, 30), listeners, strict=True):
+            engine.submit(prompt, SamplingParams(max_tokens=900, temperature=0.0, ignore_eos=True), listener)
+        for listener in listeners:
+            listener.next()
+    assert [listener.last.finish_reason for listener in listeners] == ["abort", "abort"]
