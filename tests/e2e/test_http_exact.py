@@ -96,11 +96,18 @@ def test_tokens_equal_generate(
         assert _complete(url, prompt) == _generate(checkpoint, tuple(prompt)), f"prompt of {length} tokens"
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 def test_sixteen_at_once_give_what_each_gives_alone(
-    tiny_checkpoint: Callable[[str], Path], serve_here: Callable[[dict[str, Any]], str]
+    overlap: bool, tiny_checkpoint: Callable[[str], Path], serve_here: Callable[[dict[str, Any]], str]
 ) -> None:
     checkpoint = tiny_checkpoint("deepseek_v3")
-    url = serve_here(_document(checkpoint, 4, "grpc"))
+    document = _document(checkpoint, 4, "grpc")
+    document["engine"] |= {
+        "enable_dbo": overlap,
+        "dbo_decode_token_threshold": 2,
+        "dbo_prefill_token_threshold": 2,
+    }
+    url = serve_here(document)
     prompts = [_prompt(1 + 23 * index, seed=1) for index in range(16)]
     alone = [_complete(url, prompt) for prompt in prompts]
     with ThreadPoolExecutor(16) as pool:
