@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -213,7 +214,7 @@ def _local_experts(checkpoint: Checkpoint, config: MeshConfig) -> tuple[Placemen
     holders = balanced(layout.experts_per_layer, count, nodes_of_groups=None)
     groups = {}
     for number in range(count):
-        backend = expert_backend(config, layout.spec, model_config, device, num_threads=torch.get_num_threads())
+        backend = expert_backend(config, layout.spec, model_config, device, num_threads=len(os.sched_getaffinity(0)))
         group = ExpertGroup(number, layout.spec, backend)
         keys = [ExpertKey(layer, e) for layer, held in holders.items() for e, by in enumerate(held) if number in by]
         group.assign(layout, checkpoint, keys)

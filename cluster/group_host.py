@@ -10,6 +10,8 @@ import sys
 import time
 from dataclasses import dataclass
 
+import torch
+
 from cluster.autoscale.meter import GroupMeter
 from cluster.config.mesh import MeshConfig
 from cluster.control.client import ControllerClient
@@ -59,6 +61,8 @@ class GroupHost:
         self._layout = describe_experts(self._checkpoint, model_config)
         device = pick_device(config.experts.device)
         cores_each = max(1, len(os.sched_getaffinity(0)) // config.experts.groups)
+        # The backend spreads whole experts over its own threads; see ThreadTeam.
+        torch.set_num_threads(1)
         backend = expert_backend(config, self._layout.spec, model_config, device, num_threads=cores_each)
         self.meter = GroupMeter(time.monotonic)
         self.group = MeteredGroup(group, self._layout.spec, backend, self.meter)

@@ -32,22 +32,29 @@ class ThreadTeam:
 
         torch runs each task in the thread that took it, and gets its own number of threads back at the end.
         """
+        job = _Job(task, num_tasks)
         num_threads = torch.get_num_threads()
+        if num_threads == 1:
+            self._work(job)
+            return
+        # Costly where it changes nothing too: oneDNN then forgets the primitives that it made for this thread.
         torch.set_num_threads(1)
         try:
-            job = _Job(task, num_tasks)
-            for _ in range(min(self._num_helpers, num_tasks - 1)):
-                self._jobs.put(job)
-            job.work()
-            job.finish()
+            self._work(job)
         finally:
             torch.set_num_threads(num_threads)
+
+    def _work(self, job: _Job) -> None:
+        for _ in range(min(self._num_helpers, job.num_tasks - 1)):
+            self._jobs.put(job)
+        job.work()
+        job.finish()
 
 
 class _Job:
     def __init__(self, task: Callable[[int], None], num_tasks: int) -> None:
         self._task = task
-        self._num_tasks = num_tasks
+        self.num_tasks = num_tasks
         self._next = itertools.count()
         self._lock = threading.Lock()
         self._finished = False
@@ -59,7 +66,7 @@ class _Job:
         """Take tasks until none is left, or until one fails."""
         try:
             # A count's `next` is one bytecode: no two threads get the same number.
-            while self._error is None and (index := next(self._next)) < self._num_tasks:
+            while self._error is None and (index := next(self._next)) < self.num_tasks:
                 self._task(index)
         except BaseException as error:
             self._error = error
