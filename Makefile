@@ -1,6 +1,6 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow lint type proto bench demo-model clean
+.PHONY: help serve test test-slow test-k8s lint type proto bench demo-model clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,10 +21,14 @@ serve: $(READY) ## serve the demo model on 127.0.0.1 (PORT=8000) until Ctrl-C
 	@exec $(BIN)/expertmesh serve deploy/mesh.yaml --port $(PORT)
 
 test: $(READY) ## lint, types, import rule, and the whole suite (no GPU needed)
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest -m "not slow and not kubernetes" $(PYTEST_ARGS)
 
 test-slow: $(READY) ## the long proofs
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-k8s: $(READY) ## the Kubernetes tests, and every overlay, on the cluster that KUBECONFIG names
+	@test -n "$$KUBECONFIG" || { echo "set KUBECONFIG: a namespace is made in that cluster, and deleted" >&2; exit 2; }
+	@$(BIN)/python -m pytest -m kubernetes $(PYTEST_ARGS)
 
 lint: $(READY) ## ruff and the import rule
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

@@ -1,7 +1,8 @@
 """A small API server that refuses what the real one refuses, behind the same fixtures as a real one.
 
-With KUBECONFIG set the tests run against that cluster instead (KubeRay's CRDs installed, its operator not needed, in a
-namespace that is made and deleted); those that need to bend the server's will skip there.
+Every test runs against it, and, marked `kubernetes`, a second time against the cluster of KUBECONFIG (KubeRay's CRDs
+installed, its operator not needed, in a namespace that is made and deleted). Those that bend the server's will skip
+there.
 """
 
 import contextlib
@@ -410,9 +411,12 @@ def write_kubeconfig(path: Path, server: str) -> Path:
     return path
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    if kubeconfig := os.environ.get("KUBECONFIG"):
+@pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.kubernetes)])
+def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
+    if request.param == "real":
+        kubeconfig = os.environ.get("KUBECONFIG")
+        if not kubeconfig:
+            pytest.skip("KUBECONFIG names no cluster to try this on")
         yield from real_cluster(Path(kubeconfig))
         return
     fake = FakeApiServer()
@@ -451,7 +455,7 @@ def real_cluster(kubeconfig: Path) -> Iterator[Cluster]:
 @pytest.fixture
 def fake(cluster: Cluster) -> FakeApiServer:
     if cluster.fake is None:
-        pytest.skip("bends the server's will, which a real one (KUBECONFIG) does not allow")
+        pytest.skip("bends the server's will, which a real one does not allow")
     return cluster.fake
 
 

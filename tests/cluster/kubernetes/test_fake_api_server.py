@@ -1,4 +1,4 @@
-"""The rules that our code leans on, asked of the server itself: the fake, or a real one with KUBECONFIG."""
+"""The rules that our code leans on, asked of the server itself: the fake, and a real one where KUBECONFIG names it."""
 
 import pytest
 from kubernetes import client
