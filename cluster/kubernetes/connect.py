@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import urllib3
+import yaml
 from kubernetes import client, config
 from kubernetes.config.config_exception import ConfigException
 
@@ -30,6 +31,10 @@ def connect(kubeconfig: Path | None = None, context: str | None = None) -> clien
             )
     except (ConfigException, OSError, ValueError) as error:
         raise ConfigError(f"no Kubernetes cluster to talk to: {error}; set KUBECONFIG or give --kubeconfig") from error
+    except (yaml.YAMLError, AttributeError, TypeError) as error:  # the client takes for granted what a file holds
+        where = kubeconfig or "the kubeconfig"
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where} is not a kubeconfig: {reason}; set KUBECONFIG or give --kubeconfig") from error
     # An API server that is away should be an error soon, not after the client's ten silent attempts.
     configuration.retries = urllib3.Retry(total=2, backoff_factor=0.2, status=0)
     return client.ApiClient(configuration)

@@ -55,4 +55,6 @@ def readable(doing: str) -> Iterator[None]:
     except ResourceNotFoundError as error:
         raise KubernetesError(f"{doing}: the cluster does not know this kind; install its CRD first", 404) from error
     except HTTPError as error:
-        raise KubernetesError(f"{doing}: the API server cannot be reached: {error}") from error
+        raise KubernetesError(
+            f"{doing}: the API server cannot be reached: {getattr(error, 'reason', error)}"
+        ) from error

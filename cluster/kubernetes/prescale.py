@@ -1,7 +1,7 @@
 """Worker groups that follow the autoscaling policies: pods are asked for when Serve wants replicas, not when it has
 waited for them.
 
-Only where we own `replicas`; where Ray's autoscaler does, `scale` refuses and nothing is written.
+Only where we own `replicas`; where Ray's autoscaler does, `follow` refuses and nothing is written.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from kubernetes import client
 
 from cluster.kubernetes.errors import readable
-from cluster.kubernetes.ray_objects import TIMEOUT_S, RayObjects, cluster_names, worker_groups
-from cluster.kubernetes.scale import Scaled, clear_removed, scale
+from cluster.kubernetes.ray_objects import TIMEOUT_S, Document, RayObjects, cluster_names, worker_groups
+from cluster.kubernetes.scale import Scaled, clear_removed, refuse_second_owner, scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,6 @@ class PreScaler:
         self._shrink_after_s = shrink_after_s
         self._clock = clock
         self._sufficed_since: dict[str, float] = {}
-        self._leaving: dict[str, list[str]] = {}
 
     def follow(self, wanted: Mapping[str, int], idle_addresses: Collection[str]) -> list[Scaled]:
         """One step towards what Serve wants; returns what was written, nothing where all is well.
@@ -65,47 +64,63 @@ class PreScaler:
 
         Raises KubernetesError and ConfigError; the next call carries on.
         """
-        self._forget_the_gone()
-        standing = {
-            group["groupName"]: group["replicas"] for group in worker_groups(self._objects.service(self._service))
-        }
+        service = self._objects.service(self._service)
+        refuse_second_owner(service)
+        clusters = {name: self._objects.cluster(name) for name in cluster_names(service)}
+        leaving = self._leaving(clusters)
         done: list[Scaled] = []
         for group, replicas in wanted.items():
-            shape, now = self._shapes[group], standing[group]
-            pods = shape.pods_for(replicas)
-            if pods >= now or group in self._leaving:
+            standing = {
+                spec["replicas"]
+                for document in (service, *clusters.values())
+                for spec in worker_groups(document)
+                if spec["groupName"] == group
+            }
+            pods, now = self._shapes[group].pods_for(replicas), max(standing, default=0)
+            if pods >= now or group in leaving:
                 self._sufficed_since.pop(group, None)
-            if pods > now:
-                done += scale(self._objects, self._service, {group: pods})
-            elif pods < now and group not in self._leaving:
-                done += self._shrink(group, now, pods, idle_addresses)
+            if pods > now or len(standing) > 1:  # one was written last time, and the other could not be
+                done += scale(self._objects, self._service, {group: max(pods, now)})
+            elif pods < now and group not in leaving:
+                done += self._shrink(clusters, group, now, pods, idle_addresses)
         return done
 
-    def _shrink(self, group: str, now: int, pods: int, idle_addresses: Collection[str]) -> list[Scaled]:
+    def _shrink(
+        self, clusters: Mapping[str, Document], group: str, now: int, pods: int, idle_addresses: Collection[str]
+    ) -> list[Scaled]:
         since = self._sufficed_since.setdefault(group, self._clock())
         if self._clock() - since < self._shrink_after_s:
             return []
-        idle = sorted(name for name, address in self._pods(group).items() if address in idle_addresses)
+        idle = sorted(name for name, address in self._pods(clusters, group).items() if address in idle_addresses)
         leaving = idle[: now - pods]
         if not leaving:
             return []
         del self._sufficed_since[group]
-        self._leaving[group] = leaving
         return scale(self._objects, self._service, {group: now - len(leaving)}, remove_pods=leaving)
 
-    def _forget_the_gone(self) -> None:
-        """The operator never clears the list of pods to delete; a later pod of that name would be deleted as well."""
-        here = {name for group in self._leaving for name in self._pods(group)}
-        if self._leaving and not here & {name for names in self._leaving.values() for name in names}:
-            clear_removed(self._objects, self._service)
-            self._leaving = {}
+    def _leaving(self, clusters: Mapping[str, Document]) -> set[str]:
+        """Groups with pods that were named and are still there.
 
-    def _pods(self, group: str) -> dict[str, str]:
+        The operator never clears the list of pods to delete, and a later pod of that name would be deleted as well:
+        once all are gone it is cleared here. It is read from the cluster, so that a restarted controller knows it.
+        """
+        named = {
+            group["groupName"]: names
+            for cluster in clusters.values()
+            for group in worker_groups(cluster)
+            if (names := (group.get("scaleStrategy") or {}).get("workersToDelete"))
+        }
+        if not any(self._pods(clusters, group).keys() & set(names) for group, names in named.items()):
+            if named:
+                clear_removed(self._objects, self._service)
+            return set()
+        return set(named)
+
+    def _pods(self, clusters: Mapping[str, Document], group: str) -> dict[str, str]:
         """Pod names of a worker group to their IPs, empty where a pod has none yet."""
-        clusters = cluster_names(self._objects.service(self._service))
         if not clusters:
             return {}
-        selector = f"ray.io/cluster={clusters[0]},ray.io/group={group}"
+        selector = f"ray.io/cluster={next(iter(clusters))},ray.io/group={group}"
         with readable(f"listing pods in {self._objects.namespace}"):
             pods = self._core.list_namespaced_pod(
                 self._objects.namespace, label_selector=selector, _request_timeout=TIMEOUT_S

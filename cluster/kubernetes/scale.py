@@ -60,7 +60,7 @@ def scale(
     if remove_pods and len(replicas) != 1:
         raise ConfigError("pods to remove belong to one worker group; scale one group at a time")
     service = objects.service(name)
-    _refuse_second_owner(service)
+    refuse_second_owner(service)
 
     done = [_write(objects, "RayService", name, replicas, (), sleep)]
     for cluster in cluster_names(service):
@@ -146,7 +146,8 @@ def _clear(objects: RayObjects, cluster: str) -> None:
         objects.patch_cluster(cluster, patch)
 
 
-def _refuse_second_owner(service: Document) -> None:
+def refuse_second_owner(service: Document) -> None:
+    """Raise ConfigError where Ray's autoscaler owns `replicas`."""
     if cluster_spec(service).get("enableInTreeAutoscaling"):
         raise ConfigError(
             f"RayService {service['metadata']['name']} has enableInTreeAutoscaling: Ray's autoscaler owns `replicas` "

@@ -6,6 +6,7 @@ from kubernetes import client
 from cluster.kubernetes.connect import connect
 from cluster.kubernetes.prescale import PodShape, PreScaler
 from cluster.kubernetes.ray_objects import RayObjects, worker_groups
+from cluster.kubernetes.scale import scale
 from experts.errors import ConfigError
 
 EXPERTS = PodShape(group="experts", replicas_per_pod=8, min_pods=1, max_pods=6)
@@ -72,6 +73,17 @@ def test_only_idle_pods_go_by_name_after_a_while_and_the_list_is_cleared(mesh, r
     assert mesh.follow({"experts": 8}, {"10.0.0.1"}) == [], "x-2 is still there"
     mesh.delete_pod("x-2")
     mesh.follow({"experts": 16}, ())
+    assert not mesh.group().get("scaleStrategy", {}).get("workersToDelete")
+
+
+def test_a_controller_that_restarted_clears_what_its_predecessor_named(mesh, ray_service, cluster):
+    ray_service(engine=1, experts=2)
+    mesh.add_pod("x-0", "10.0.0.0")
+    scale(RayObjects(connect(cluster.kubeconfig), cluster.namespace), "mesh", {"experts": 1}, remove_pods=["x-0"])
+    mesh.follow({"experts": 8}, ())
+    assert mesh.group()["scaleStrategy"]["workersToDelete"] == ["x-0"]
+    mesh.delete_pod("x-0")
+    mesh.follow({"experts": 8}, ())
     assert not mesh.group().get("scaleStrategy", {}).get("workersToDelete")
 
 

@@ -132,6 +132,14 @@ def test_a_server_that_is_not_there(tmp_path, cluster, fake):
         RayObjects(connect(gone), "mesh-test").service("mesh")
 
 
+@pytest.mark.parametrize("text", ["not a mapping", "clusters: [", "[1, 2]", "clusters: 3\ncurrent-context: x"])
+def test_a_file_that_is_no_kubeconfig(tmp_path, text):
+    path = tmp_path / "config"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="set KUBECONFIG or give --kubeconfig"):
+        connect(path)
+
+
 def test_no_kubeconfig_at_all(tmp_path):
     with pytest.raises(ConfigError, match="set KUBECONFIG or give --kubeconfig"):
         connect(tmp_path / "nowhere")
