@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 
 import numpy as np
 import numpy.typing as npt
+
+# From a group in the same process to one that is being loaded again.
+LATENCY_S = (
+    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
+    *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
 
 
 class RouterCounters:
@@ -20,6 +27,8 @@ class RouterCounters:
     failovers:         parts that another replica or a later table had to answer
     degraded_tokens:   tokens that lost at least one expert's contribution (`on_expert_loss: degrade`)
     expert_tokens:     layer -> int64 [E], tokens that chose each expert
+    latency_counts:    combined batches by the time from dispatch to sum: at most LATENCY_S[i] seconds and more than
+                       the bound before it, and last those beyond all bounds; latency_s: those times, summed
     """
 
     def __init__(self) -> None:
@@ -36,6 +45,8 @@ class RouterCounters:
         self.failovers = 0
         self.degraded_tokens = 0
         self.expert_tokens: dict[int, npt.NDArray[np.int64]] = {}
+        self.latency_counts = [0] * (len(LATENCY_S) + 1)
+        self.latency_s = 0.0
 
     def batch(self, layer: int, num_tokens: int, tokens_per_expert_E: npt.NDArray[np.int64]) -> None:
         """Count a batch that was planned."""
@@ -67,3 +78,10 @@ class RouterCounters:
         """Count an answer."""
         with self.lock:
             self.bytes_received += num_bytes
+
+    def combined(self, seconds: float) -> None:
+        """Count a batch whose sum is there, and how long after its dispatch."""
+        bucket = bisect_left(LATENCY_S, seconds)
+        with self.lock:
+            self.latency_counts[bucket] += 1
+            self.latency_s += seconds

@@ -8,6 +8,7 @@ import torch
 
 from experts.errors import ExpertNotResident
 from router_service.combine import Combiner
+from router_service.counters import RouterCounters
 from router_service.failover import Failover
 from router_service.sender import Flight, NodeFlight, Sender
 from router_service.slot_index import IntArray
@@ -23,15 +24,21 @@ class Pending:
         hidden_TH: torch.Tensor,
         sender: Sender,
         failover: Failover,
+        counters: RouterCounters,
         *,
+        dispatched: float,
         reply_timeout_s: float,
         until: float,
     ) -> None:
-        """reply_timeout_s: longest wait for one reply; until: the caller's deadline, monotonic, or inf."""
+        """dispatched, until: when it began, and the caller's deadline or inf, on the monotonic clock;
+        reply_timeout_s: longest wait for one reply.
+        """
         self._flights = flights
         self._hidden_TH = hidden_TH
         self._sender = sender
         self._failover = failover
+        self._counters = counters
+        self._dispatched = dispatched
         self._reply_timeout_s = reply_timeout_s
         self._until = until
 
@@ -44,9 +51,11 @@ class Pending:
         passed or it cancelled.
         """
         try:
-            return self._result()
+            combined_TH = self._result()
         except ReplyAbandoned as error:
             raise TimeoutError(str(error)) from error
+        self._counters.combined(time.monotonic() - self._dispatched)
+        return combined_TH
 
     def _result(self) -> torch.Tensor:
         if len(self._flights) == 1 and not self._flights[0].reply:

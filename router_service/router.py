@@ -165,7 +165,8 @@ class Router:
         weights_TK: torch.Tensor,
         timeout_s: float | None,
     ) -> Pending:
-        until = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        dispatched = time.monotonic()
+        until = math.inf if timeout_s is None else dispatched + timeout_s
         hidden_TH = hidden_TH.detach()
         view = self._view()
         avoid = self._replicas.unreachable(view)
@@ -177,6 +178,8 @@ class Router:
             hidden_TH,
             self._sender,
             self._failover,
+            self.counters,
+            dispatched=dispatched,
             reply_timeout_s=self._timeout_s,
             until=until,
         )

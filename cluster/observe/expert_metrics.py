@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from cluster.observe.balancedness import balancedness
-from router_service.counters import RouterCounters
+from router_service.counters import LATENCY_S, RouterCounters
+from router_service.gating.capacity import CapacityGate
 from router_service.placement import PlacementTable
 
 _WINDOW_S = 60.0
@@ -23,6 +25,7 @@ class ExpertMetrics:
     """A Prometheus collector over one router.
 
     table:       the router's placement table now, None before the first
+    capacity_gates: those of the router's gates that limit experts; empty where `router.capacity_factor` is null
     max_experts: series of `expert_tokens_total`, the busiest experts first; None for all of them, which for large
                  models is tens of thousands
     """
@@ -34,6 +37,7 @@ class ExpertMetrics:
         transport: str,
         counters: RouterCounters,
         table: Callable[[], PlacementTable | None],
+        capacity_gates: Collection[CapacityGate] = (),
         max_experts: int | None = 64,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -41,6 +45,7 @@ class ExpertMetrics:
         self._transport = transport
         self._counters = counters
         self._table = table
+        self._capacity_gates = capacity_gates
         self._max_experts = max_experts
         self._clock = clock
         self._history: deque[tuple[float, ExpertTokens]] = deque()
@@ -52,6 +57,7 @@ class ExpertMetrics:
             sent, sent_remote, received = counters.bytes_sent, counters.bytes_sent_remote, counters.bytes_received
             tokens, nodes, copies = counters.tokens, counters.token_nodes, counters.token_copies
             failovers, degraded = counters.failovers, counters.degraded_tokens
+            latency_counts, latency_s = tuple(counters.latency_counts), counters.latency_s
         yield self._counter("dispatch_tokens", "Tokens dispatched, once a layer.", {(): tokens})
         yield self._counter("dispatch_token_copies", "Hidden states sent to groups or nodes.", {(): copies})
         nearby = "local" if self._transport == "in_process" else "node"
@@ -67,8 +73,16 @@ class ExpertMetrics:
         if tokens:
             about = "Nodes that a token's experts of a layer are on, mean since the start."
             yield self._gauge("dispatch_nodes_per_token", about, {(): nodes / tokens})
+        yield self._latency(latency_counts, latency_s)
         yield self._counter("expert_failovers", "Parts of a batch answered by another replica.", {(): failovers})
         yield self._counter("expert_degraded_tokens", "Tokens that lost an expert's share.", {(): degraded})
+        if self._capacity_gates:
+            dropped = sum(gate.dropped for gate in self._capacity_gates)
+            rerouted = sum(gate.rerouted for gate in self._capacity_gates)
+            about = "Choices beyond an expert's capacity, by what became of them."
+            yield self._counter(
+                "expert_capacity_overflow", about, {("dropped",): dropped, ("rerouted",): rerouted}, ("outcome",)
+            )
         yield self._expert_tokens(expert_tokens)
         table = self._table()
         if table is not None:
@@ -77,6 +91,16 @@ class ExpertMetrics:
             if ratio is not None:
                 about = f"Mean over layers of mean by largest load of groups, last {_WINDOW_S:g} s."
                 yield self._gauge("eplb_balancedness_ratio", about, {(): ratio})
+
+    def _latency(self, counts: tuple[int, ...], seconds: float) -> Metric:
+        family = HistogramMetricFamily(
+            "expert_dispatch_latency_seconds",
+            "From a layer's dispatch to its experts' combined sum, failovers included.",
+            labels=("model_name",),
+        )
+        bounds = (*map(str, LATENCY_S), "+Inf")
+        family.add_metric((self._model_name,), list(zip(bounds, accumulate(counts), strict=True)), seconds)
+        return family
 
     def _groups(self, table: PlacementTable) -> Iterator[Metric]:
         replicas: dict[tuple[str, ...], float] = {(str(group),): 0 for group in range(table.num_groups)}

@@ -94,6 +94,9 @@ def test_tokens_equal_generate(
     for length in LENGTHS:
         prompt = _prompt(length)
         assert _complete(url, prompt) == _generate(checkpoint, tuple(prompt)), f"prompt of {length} tokens"
+    metrics = httpx.get(f"{url}/metrics").text.splitlines()
+    (combined,) = (line for line in metrics if line.startswith("expert_dispatch_latency_seconds_count"))
+    assert float(combined.split()[-1]) >= len(LENGTHS) * NEW_TOKENS, "a batch of each layer and step"
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -69,6 +69,8 @@ def test_counters_count_what_was_asked(make_mesh):
     expected = torch.bincount(ids_TK.flatten(), minlength=16) * 2
     assert router.counters.expert_tokens[2].tolist() == expected.tolist()
     assert (router.counters.batches, router.counters.tokens) == (2, 60)
+    assert sum(router.counters.latency_counts) == 2
+    assert 0 < router.counters.latency_s < 60
 
 
 def test_results_do_not_depend_on_the_company(make_mesh):

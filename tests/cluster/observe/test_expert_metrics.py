@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.observe.expert_metrics import ExpertMetrics
 from router_service.counters import RouterCounters
+from router_service.gating.capacity import CapacityGate
+from router_service.gating.gate import GateOutput
 from router_service.placement import GroupReplica, PlacementTable
 
 TABLE = PlacementTable(
@@ -19,6 +22,11 @@ TABLE = PlacementTable(
         GroupReplica(group=group, replica=f"r{index}", node="n", address="a") for index, group in enumerate((0, 0, 2))
     ),
 )
+
+
+def choose_first(hidden_TH: torch.Tensor, limit: object = None) -> GateOutput:
+    """A gate that sends every token to expert 0."""
+    return GateOutput(torch.zeros(len(hidden_TH), 1, dtype=torch.int64), torch.ones(len(hidden_TH), 1))
 
 
 class Scraped:
@@ -72,6 +80,28 @@ def test_counters() -> None:
     assert shown["expert_failovers_total",] == 2
     assert shown["expert_degraded_tokens_total",] == 1
     assert [shown["expert_tokens_total", str(expert), "0"] for expert in range(3)] == [3, 0, 5]
+
+
+def test_dispatch_latency_is_a_histogram_of_seconds() -> None:
+    router = Scraped()
+    for seconds in (0.00005, 0.004, 0.005, 0.2, 300):
+        router.counters.combined(seconds)
+    shown = router.scrape()
+    name = "expert_dispatch_latency_seconds"
+    buckets = {bound: shown[f"{name}_bucket", bound] for bound in ("0.0001", "0.0025", "0.005", "0.1", "60.0", "+Inf")}
+    assert buckets == {"0.0001": 1, "0.0025": 1, "0.005": 3, "0.1": 3, "60.0": 4, "+Inf": 5}
+    assert shown[f"{name}_count",] == 5
+    assert shown[f"{name}_sum",] == pytest.approx(300.20905)
+
+
+def test_overflow_of_capacity_shows_where_there_is_a_capacity() -> None:
+    gates = [CapacityGate(choose_first, 4, 1.0, "drop") for _ in range(2)]
+    for gate in gates:
+        gate(torch.zeros(8, 2))
+    shown = Scraped(capacity_gates=gates).scrape()
+    assert shown["expert_capacity_overflow_total", "dropped"] == 2 * (8 - 2)
+    assert shown["expert_capacity_overflow_total", "rerouted"] == 0
+    assert not any(name.startswith("expert_capacity") for name, *_ in Scraped().scrape())
 
 
 def test_groups() -> None:
