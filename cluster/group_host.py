@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from cluster.autoscale.meter import GroupMeter
 from cluster.config.mesh import MeshConfig
 from cluster.control.client import ControllerClient
 from cluster.control.controller import Assignment
+from cluster.cores import usable_cores
 from cluster.metered_group import MeteredGroup
 from cluster.model_files import expert_backend, open_checkpoint, pick_device
 from experts.server import ExpertServer
@@ -60,12 +60,11 @@ class GroupHost:
         model_config = self._checkpoint.config()
         self._layout = describe_experts(self._checkpoint, model_config)
         device = pick_device(config.experts.device)
-        cores_each = max(1, len(os.sched_getaffinity(0)) // config.experts.groups)
         # The backend spreads whole experts over its own threads; see ThreadTeam.
         torch.set_num_threads(1)
-        backend = expert_backend(config, self._layout.spec, model_config, device, num_threads=cores_each)
+        self._backend = expert_backend(config, self._layout.spec, model_config, device, num_threads=1)
         self.meter = GroupMeter(time.monotonic)
-        self.group = MeteredGroup(group, self._layout.spec, backend, self.meter)
+        self.group = MeteredGroup(group, self._layout.spec, self._backend, self.meter)
         host = identity.host if config.experts.listen_host == "auto" else config.experts.listen_host
         self._server = ExpertServer(self.group, host=host)
         self._device = str(device)
@@ -125,6 +124,7 @@ class GroupHost:
                 assignment = await self._controller.join(
                     self._me, device=self._device, resident=resident, known_version=self._version
                 )
+                self._backend.use_threads(max(1, usable_cores() // assignment.groups_on_host))
                 await self._load(assignment)
                 await self._controller.ready(self._me.replica)
                 self._entered.set()

@@ -47,6 +47,9 @@ class EmulatedBackend:
         """Forget `slot`."""
         del self._slots[slot]
 
+    def use_threads(self, num_threads: int) -> None:
+        """See ExpertBackend.use_threads."""
+
     def forward(
         self,
         hidden_TH: torch.Tensor,

@@ -24,9 +24,13 @@ Holders = Mapping[int, tuple[tuple[int, ...], ...]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assignment:
-    """What a group replica is to hold."""
+    """What a group replica is to hold.
+
+    groups_on_host: replicas, itself included, that listen on its address: they share a machine's cores, or a pod's
+    """
 
     keys: frozenset[ExpertKey]
+    groups_on_host: int
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,7 +99,8 @@ class Controller:
             for expert, groups in enumerate(experts)
             if replica.group in groups
         )
-        return Assignment(keys=keys)
+        hosts = Counter(_host(m.replica) for m in self._members.values())
+        return Assignment(keys=keys, groups_on_host=max(1, hosts[_host(replica)]))
 
     async def progress(self, replica: str, loaded_bytes: int, total_bytes: int) -> None:
         """How far a replica's loading is."""
@@ -232,3 +237,7 @@ class Controller:
                 member.watcher.cancel()
             log.warning("group %d lost replica %s: %s", member.replica.group, replica, reason)
             self._publish()
+
+
+def _host(replica: GroupReplica) -> str:
+    return replica.address.rpartition(":")[0]

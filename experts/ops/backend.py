@@ -31,6 +31,10 @@ class ExpertBackend(Protocol):
         """Forget `slot`."""
         ...
 
+    def use_threads(self, num_threads: int) -> None:
+        """Let calls from now on use so many cores of this machine; without effect on a GPU."""
+        ...
+
     def forward(
         self,
         hidden_TH: torch.Tensor,

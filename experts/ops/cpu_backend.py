@@ -78,6 +78,11 @@ class CpuBackend:
         """Forget `slot`."""
         del self._slots[slot]
 
+    def use_threads(self, num_threads: int) -> None:
+        """Calls from now on use so many cores; one that runs goes on with those that it has."""
+        if num_threads != self._num_threads:
+            self._num_threads, self._team = num_threads, ThreadTeam(num_threads)
+
     def nbytes(self, slot: int) -> int:
         """Bytes that a slot's matrices take, and that a call of one row reads."""
         up, down = self._slots[slot]

@@ -78,6 +78,9 @@ class TritonBackend:
         """See ExpertBackend.free."""
         self._storage.free(slot)
 
+    def use_threads(self, num_threads: int) -> None:
+        """See ExpertBackend.use_threads."""
+
     def forward(
         self,
         hidden_TH: torch.Tensor,

@@ -85,6 +85,21 @@ def test_nobody_gets_a_table_before_every_group_is_ready() -> None:
     _run(scenario())
 
 
+def test_each_learns_how_many_listen_on_its_address() -> None:
+    async def scenario() -> None:
+        controller = Controller(experts_per_layer=LAYERS, num_groups=3, watch_health=Health().watch)
+        pods = ("10.0.0.1", "10.0.0.1", "10.0.0.2")  # two pods, which may be on one machine
+        assignments = await asyncio.gather(
+            *(
+                _join(controller, GroupReplica(group=group, replica=f"g{group}", node="a", address=f"{pod}:500{group}"))
+                for group, pod in enumerate(pods)
+            )
+        )
+        assert [assignment.groups_on_host for assignment in assignments] == [2, 2, 1]
+
+    _run(scenario())
+
+
 def test_a_lost_replica_leaves_the_table_and_its_successor_enters_with_the_same_experts() -> None:
     async def scenario() -> None:
         health = Health()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -104,6 +106,21 @@ def test_nan_and_inf_stay_with_their_token(quantization: str) -> None:
     assert got[0].isnan().all()
     assert not got[1].isfinite().any()
     assert got[2].isfinite().all()
+
+
+def test_more_and_fewer_threads_change_no_result() -> None:
+    generator = torch.Generator().manual_seed(3)
+    spec = ExpertSpec(hidden_size=32, intermediate_size=48)
+    backend = CpuBackend(spec, num_threads=1)
+    for slot in range(NUM_EXPERTS):
+        backend.load(slot, random_weights(spec, generator))
+    hidden_TH, rows = torch.randn(50, 32, generator=generator), random_rows(50, 3, generator)
+    alone_TH = backend.forward(hidden_TH, *rows)
+    before = set(threading.enumerate())
+    for num_threads in (3, 1):
+        backend.use_threads(num_threads)
+        assert num_threads == 1 or len(set(threading.enumerate()) - before) == 2
+        torch.testing.assert_close(backend.forward(hidden_TH, *rows), alone_TH)
 
 
 def test_threads_join_a_caller_in_inference_mode() -> None:
