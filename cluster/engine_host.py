@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from cluster.config.mesh import EngineConfig, MeshConfig, RouterConfig
 from cluster.control.client import ControllerClient
 from cluster.control.follow import follow_tables
+from cluster.cores import usable_cores
 from cluster.engine_limits import engine_limits
 from cluster.model_files import expert_backend, open_checkpoint, pick_device, pick_dtype, served_name
 from cluster.observe.expert_metrics import ExpertMetrics
@@ -92,9 +92,10 @@ class EngineHost:
             table, transport = await asyncio.to_thread(_local_experts, checkpoint, config)
         else:
             table, transport = None, self._transport
+        gates = _with_capacity(skeleton.gates, describe_experts(checkpoint, checkpoint.config()), config.router)
         self._router = Router(
             transport,
-            _with_capacity(skeleton.gates, describe_experts(checkpoint, checkpoint.config()), config.router),
+            gates,
             recovery_timeout_s=config.router.recovery_timeout_s,
             on_expert_loss=config.experts.on_expert_loss,
             node=self._node if config.router.transport == "grpc" else None,
@@ -121,7 +122,7 @@ class EngineHost:
             model_name=served_name(config.model),
             health=self._health,
             api_keys=self._api_keys,
-            registry=self._registry(self._router),
+            registry=self._registry(self._router, gates),
         )
         if config.router.service_port is not None:
             self._service = RouterServer(self._router, host=self._address, port=config.router.service_port)
@@ -157,7 +158,7 @@ class EngineHost:
             raise ConfigError(f"model.dtype: {self._config.model.dtype} is for GPUs; use auto or float32 on a CPU")
         return load_skeleton(checkpoint, dtype=dtype, device=device), load_tokenizer(checkpoint.directory)
 
-    def _registry(self, router: Router) -> CollectorRegistry:
+    def _registry(self, router: Router, gates: Mapping[int, Gate]) -> CollectorRegistry:
         registry = CollectorRegistry()
         registry.register(
             ExpertMetrics(
@@ -165,6 +166,7 @@ class EngineHost:
                 transport=self._config.router.transport,
                 counters=router.counters,
                 table=lambda: router.table,
+                capacity_gates=[gate for gate in gates.values() if isinstance(gate, CapacityGate)],
             )
         )
         return registry
@@ -214,7 +216,7 @@ def _local_experts(checkpoint: Checkpoint, config: MeshConfig) -> tuple[Placemen
     holders = balanced(layout.experts_per_layer, count, nodes_of_groups=None)
     groups = {}
     for number in range(count):
-        backend = expert_backend(config, layout.spec, model_config, device, num_threads=len(os.sched_getaffinity(0)))
+        backend = expert_backend(config, layout.spec, model_config, device, num_threads=usable_cores())
         group = ExpertGroup(number, layout.spec, backend)
         keys = [ExpertKey(layer, e) for layer, held in holders.items() for e, by in enumerate(held) if number in by]
         group.assign(layout, checkpoint, keys)

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.config.mesh import MeshConfig
@@ -80,7 +81,7 @@ def _findings(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding
 def _print(findings: list[Finding], can_serve: bool, console: Console) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for finding in findings:
-        found = finding.found + (f"\n[dim]-> {finding.todo}[/dim]" if finding.todo else "")
+        found = escape(finding.found) + (f"\n[dim]-> {escape(finding.todo)}[/dim]" if finding.todo else "")
         table.add_row(f"[{_COLOURS[finding.status]}]{finding.status}[/]", finding.check, found)
     console.print(table)
     console.print("Serving can start." if can_serve else "Serving cannot start: see the lines that say fail.")

@@ -8,6 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from cluster.doctor.command import command, diagnose
+from cluster.doctor.finding import Finding
 
 APP = typer.Typer()
 APP.command()(command)
@@ -35,6 +36,14 @@ def test_the_table_says_what_to_do(checkpoint: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(APP, [str(write_mesh(tmp_path, checkpoint, 9))])
     assert "->" in result.output
     assert "Serving cannot start" in result.output
+
+
+def test_brackets_are_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = Finding(check="ray", status="fail", found="no [serve]", todo='pip install "ray[serve]"')
+    monkeypatch.setattr("cluster.doctor.command.diagnose", lambda mesh, address: [finding])
+    output = CliRunner().invoke(APP, []).output
+    assert "no [serve]" in output
+    assert 'pip install "ray[serve]"' in output
 
 
 def test_without_a_mesh_only_the_machine_is_checked() -> None:
