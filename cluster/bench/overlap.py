@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +98,13 @@ def run(bench: OverlapBench, *, console: Console | None = None) -> dict[str, Any
     rows: list[dict[str, Any]] = []
     try:
         for experts in bench.experts:
-            with _connected_skeleton(bench, directory, experts) as skeleton, torch.inference_mode():
+            # As in an engine, steps run in another thread than the one that loaded the model: OpenMP keeps a team for
+            # each, which changes how its threads wait.
+            with _connected_skeleton(bench, directory, experts) as skeleton, ThreadPoolExecutor(1, "engine") as engine:
                 for kind, sizes in (("decode", bench.decode), ("prefill", bench.prefill)):
                     for num_tokens in sizes:
                         row = {"experts": experts, "step": kind, "tokens": num_tokens}
-                        rows.append(row | _measure(skeleton, kind, num_tokens, bench.seconds))
+                        rows.append(row | engine.submit(_measure, skeleton, kind, num_tokens, bench.seconds).result())
                         console.print(", ".join(f"{key} {value}" for key, value in rows[-1].items()))
     finally:
         sys.setswitchinterval(interval)
@@ -120,6 +123,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int | None]
     return summary
 
 
+@torch.inference_mode()
 def _measure(skeleton: ModelSkeleton, kind: str, num_tokens: int, seconds: float) -> dict[str, Any]:
     step = _step(skeleton, kind, num_tokens)
     runners = ModelRunner(skeleton, None), ModelRunner(skeleton, _ALWAYS)
