@@ -6,8 +6,10 @@ a process seconds and hundreds of megabytes), and whoever builds the application
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -62,7 +64,11 @@ class ControllerActor:
     async def join(
         self, replica: GroupReplica, *, device: str, resident: frozenset[ExpertKey], known_version: int
     ) -> Assignment:
-        return await self._controller.join(replica, device=device, resident=resident, known_version=known_version)
+        # A group's pod has no token to ask Kubernetes where it is; we have.
+        machine = await asyncio.to_thread(_machine, replica.node)
+        return await self._controller.join(
+            replace(replica, node=machine), device=device, resident=resident, known_version=known_version
+        )
 
     async def progress(self, replica: str, loaded_bytes: int, total_bytes: int) -> None:
         await self._controller.progress(replica, loaded_bytes, total_bytes)
@@ -99,7 +105,7 @@ class GroupActor:
         context = ray.get_runtime_context()
         identity = HostIdentity(
             replica=serve.get_replica_context().replica_tag,
-            node=_this_machine(),
+            node=context.get_node_id(),
             host=ray.util.get_node_ip_address(),
             actor=context.get_actor_name() or "",
         )
@@ -137,7 +143,7 @@ class EngineActor:
             config=config,
             controller=ServeControllerClient(controller) if controller is not None else None,
             transport=_transport(config),
-            node=_this_machine(),
+            node=await asyncio.to_thread(_machine, ray.get_runtime_context().get_node_id()),
             address=ray.util.get_node_ip_address(),
         )
         await self._host.start()
@@ -165,11 +171,10 @@ def _transport(config: MeshConfig) -> Transport | None:
     return None
 
 
-def _this_machine() -> str:
-    """Its name in placement tables: several Ray nodes may share a machine."""
-    node_id: str = ray.get_runtime_context().get_node_id()
+def _machine(ray_node_id: str) -> str:
+    """What placement tables call the machine under a Ray node; several may share one."""
     in_kubernetes = "KUBERNETES_SERVICE_HOST" in os.environ
-    return read_topology(ray.nodes(), _pod_labels if in_kubernetes else None)[node_id].node
+    return read_topology(ray.nodes(), _pod_labels if in_kubernetes else None)[ray_node_id].name
 
 
 def _pod_labels() -> Mapping[str, Mapping[str, str]]:

@@ -36,6 +36,11 @@ class Place:
     rack: str
     node: str
 
+    @property
+    def name(self) -> str:
+        """What placement tables call the machine. They sort by it: machines of a rack, and of a zone, stay together."""
+        return "/".join(part for part in (self.zone, self.rack, self.node) if part)
+
 
 def read_topology(
     ray_nodes: Iterable[Mapping[str, Any]],

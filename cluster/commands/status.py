@@ -63,7 +63,7 @@ def _print(status: dict[str, Any]) -> None:
             table.add_row(
                 f"group {group['group']}",
                 replica["replica"],
-                replica["node"][:12],
+                replica["node"],
                 replica["device"],
                 replica["address"],
                 str(group["slots"]),
