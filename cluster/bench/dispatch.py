@@ -11,13 +11,10 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any
 
@@ -30,9 +27,9 @@ from rich.table import Table
 
 from cluster.bench.dispatch_copies import copies_rows
 from cluster.bench.dispatch_peer import ECHO, IdleGroup
-from cluster.bench.processes import child_process, log_tail
+from cluster.bench.dispatch_peers import grpc_peers
 from cluster.local_ray import start_local_ray
-from experts.errors import ConfigError, MeshError
+from experts.errors import ConfigError
 from experts.wire.codec import MAX_MESSAGE_BYTES, encode_call
 from router_service.combine import Combiner
 from router_service.dispatch import plan_dispatch
@@ -45,7 +42,6 @@ from router_service.transport.base import Transport
 from router_service.transport.grpc_stream import GrpcTransport
 from router_service.transport.ray_refs import RayRefsTransport, serve_calls
 
-_START_TIMEOUT_S = 120.0
 _NAMESPACE = "expertmesh-bench"
 
 
@@ -93,7 +89,7 @@ def run(bench: DispatchBench, *, console: Console | None = None) -> dict[str, An
                 rows.append(_host_row(bench, num_tokens, num_groups))
         if "grpc" in bench.transports:
             console.print("gRPC: router and echo in turns")
-            with _grpc_peers(bench.peers) as peers:
+            with grpc_peers([((), "127.0.0.1")] * bench.peers) as peers:
                 rows += [_grpc_row(bench, num_tokens, peers) for num_tokens in bench.tokens]
         if "ray" in bench.transports:
             console.print("Ray: starting")
@@ -259,27 +255,6 @@ def _prepare(
         hidden_TH,
         [by_group.get(group, b"") for group in range(num_groups)],
     )
-
-
-@contextmanager
-def _grpc_peers(count: int) -> Iterator[list[tuple[str, str]]]:
-    """(group's address, echo's address) of each peer."""
-    with tempfile.TemporaryDirectory(prefix="expertmesh-bench-") as directory, ExitStack() as stack:
-        started = []
-        for peer in range(count):
-            address, log = Path(directory, f"{peer}.address"), Path(directory, f"{peer}.log")
-            argv = (sys.executable, "-m", "cluster.bench.dispatch_peer", str(address))
-            started.append((stack.enter_context(child_process(argv, env=os.environ, log=log)), address, log))
-        peers = []
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        for process, address, log in started:
-            while not address.exists():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise MeshError(f"a benchmark peer did not start:\n{log_tail(log)}")
-                time.sleep(0.02)
-            group, echo = address.read_text().split()
-            peers.append((group, echo))
-        yield peers
 
 
 class _Peer:

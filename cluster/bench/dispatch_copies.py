@@ -19,17 +19,22 @@ _NODES = (2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Pattern:
-    """redundant: slots of "exact" beyond one per expert; max_nodes: of "restrict"."""
+class Pattern:
+    """How a published model routes.
+
+    hidden_size: the model's; counting copies takes a narrower one
+    redundant:   slots of "exact" beyond one per expert; max_nodes: of "restrict"
+    """
 
     spec: GateSpec
+    hidden_size: int
     groups_per_node: int
     redundant: int
     max_nodes: int
 
 
-_PATTERNS = {
-    "deepseek-v3": _Pattern(
+PATTERNS = {
+    "deepseek-v3": Pattern(
         spec=GateSpec(
             system="deepseek_v3",
             num_experts=256,
@@ -38,12 +43,14 @@ _PATTERNS = {
             n_group=8,
             topk_group=4,
         ),
+        hidden_size=7168,
         groups_per_node=2,
         redundant=32,
         max_nodes=2,
     ),
-    "mixtral": _Pattern(
+    "mixtral": Pattern(
         spec=GateSpec(system="mixtral", num_experts=8, num_experts_per_tok=2),
+        hidden_size=4096,
         groups_per_node=1,
         redundant=8,
         max_nodes=1,
@@ -56,10 +63,10 @@ def copies_rows() -> list[dict[str, Any]]:
 
     A random gate spreads tokens evenly, which is the most that they can be spread: a trained one touches fewer nodes.
     """
-    return [_row(name, pattern, nodes) for name, pattern in _PATTERNS.items() for nodes in _NODES]
+    return [_row(name, pattern, nodes) for name, pattern in PATTERNS.items() for nodes in _NODES]
 
 
-def _row(name: str, pattern: _Pattern, num_nodes: int) -> dict[str, Any]:
+def _row(name: str, pattern: Pattern, num_nodes: int) -> dict[str, Any]:
     return {
         "what": "copies_per_token",
         "pattern": name,
@@ -73,7 +80,7 @@ def _row(name: str, pattern: _Pattern, num_nodes: int) -> dict[str, Any]:
 
 
 def _copies(
-    pattern: _Pattern,
+    pattern: Pattern,
     num_nodes: int,
     *,
     node: str | None = "elsewhere",

@@ -61,6 +61,25 @@ def stop_tree(process: subprocess.Popen[str], timeout_s: float = STOP_TIMEOUT_S)
 
 
 @contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM unwinds as Ctrl-C does, and neither disturbs the unwinding: what was started is stopped."""
+
+    def interrupt(*_: object) -> None:
+        for number in previous:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def child_process(
     argv: Sequence[str], *, env: Mapping[str, str], log: Path, stdin: str | None = None
 ) -> Iterator[subprocess.Popen[str]]:

@@ -11,12 +11,11 @@ import contextlib
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +27,7 @@ from rich.table import Table
 
 from cluster.bench.checkpoints import PRESETS, preset_checkpoint
 from cluster.bench.load import Measurement, RequestTiming, build_prompts, send_load, summarise
-from cluster.bench.processes import child_process, log_tail
+from cluster.bench.processes import child_process, interruptible, log_tail
 from cluster.bench.servers import OURS, check_name, expertmesh_server, vllm_server
 from experts.errors import ConfigError, MeshError
 
@@ -248,20 +247,6 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-@contextlib.contextmanager
-def _terminate_like_interrupt() -> Iterator[None]:
-    """SIGTERM unwinds as Ctrl-C does, so that child processes are stopped."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def command(
     checkpoint: Annotated[
         list[str] | None, typer.Option(help=f"Preset ({', '.join(PRESETS)}) or directory; repeatable.")
@@ -286,7 +271,7 @@ def command(
     """Output tokens/s and latencies of this server and its peers on one checkpoint."""
     console = Console(stderr=True)
     try:
-        with _terminate_like_interrupt():
+        with interruptible():
             bench = ServeBench(
                 checkpoints=tuple(checkpoint or PRESETS),
                 servers=tuple(server or DEFAULT_SERVERS),

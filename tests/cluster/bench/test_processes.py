@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from cluster.bench.processes import child_process, descendants, log_tail
+from cluster.bench.processes import child_process, descendants, interruptible, log_tail
 
 # The grandchild ignores SIGTERM and has a session of its own, as a daemon that a server forgets would.
 PARENT = """
@@ -55,3 +56,24 @@ def test_input_and_log(tmp_path: Path) -> None:
         assert process.wait(60) == 0
     assert log_tail(tmp_path / "log") == "ONE\nTWO\nend"
     assert log_tail(tmp_path / "log", 1) == "end"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_unwinds_and_the_next_does_not_disturb_it(number: signal.Signals) -> None:
+    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+    stopped = []
+
+    def interrupted() -> None:
+        with interruptible():
+            try:
+                os.kill(os.getpid(), number)
+                signal.pause()
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGTERM)
+                stopped.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert stopped
+    assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == handlers
