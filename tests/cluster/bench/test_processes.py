@@ -61,7 +61,7 @@ def test_input_and_log(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_unwinds_and_the_next_does_not_disturb_it(number: signal.Signals) -> None:
     handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
-    stopped = []
+    stopped: list[bool] = []
 
     def interrupted() -> None:
         with interruptible():
