@@ -16,28 +16,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-import cluster.serving.grok_1  # noqa: F401  (registers with transformers)
 from cluster.serving import attention, moe_block
 from cluster.serving.attention_batch import AttentionBatch
 from cluster.serving.kv_cache import KVLayout
 from cluster.serving.latent_attention import LatentProjections
+from cluster.serving.model_config import model_config
 from cluster.serving.moe_block import ExpertRouter, MoeBlock, RouterConnection
 from cluster.serving.packed_linear import pack_linears
+from cluster.serving.rope_reach import rope_reach
 from experts.errors import CheckpointError
 from experts.weights.checkpoint import Checkpoint
 from router_service.gating.build import build_gate
 from router_service.gating.config import gate_spec_from_config
 from router_service.gating.gate import Gate
-
-# Families that are another one under their own name.
-_ALIASES = {"kimi_k2": "deepseek_v3"}
-# Quantised checkpoints whose non-expert weights we can read: plain, or fp8 with block scales.
-_READABLE_QUANTIZATION = ("fp8", "mxfp4")
-_ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
 class ModelSkeleton:
@@ -61,7 +56,7 @@ class ModelSkeleton:
         self.device = kv_layout.device
         config: Any = model.config
         self.vocab_size: int = config.vocab_size
-        self.max_position_embeddings: int = config.max_position_embeddings
+        self.max_position_embeddings = rope_reach(config)
         self.connection: RouterConnection = model.router_connection  # type: ignore[assignment]
 
     def connect(self, router: ExpertRouter) -> None:
@@ -95,7 +90,7 @@ def load_skeleton(source: Checkpoint | str | Path, *, dtype: torch.dtype, device
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     raw_config = checkpoint.config()
-    config = _model_config(checkpoint)
+    config = model_config(checkpoint)
     model = _load_model(checkpoint, config, raw_config, dtype).to(device)
     latent: list[Any] = [module for module in model.modules() if hasattr(module, "expand_kv")]
     for module in latent:
@@ -110,39 +105,6 @@ def load_skeleton(source: Checkpoint | str | Path, *, dtype: torch.dtype, device
         kv_layout=_kv_layout(config, latent=bool(latent), dtype=dtype, device=device),
         eos_token_ids=_eos_token_ids(checkpoint.directory, config),
     )
-
-
-def _model_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    raw = checkpoint.config()
-    where = checkpoint.directory / "config.json"
-    model_type = raw.get("model_type")
-    family = _ALIASES.get(str(model_type), model_type)
-    if family not in CONFIG_MAPPING:
-        raise CheckpointError(
-            f"{where}: model_type {model_type!r} is not a model of the installed transformers; "
-            "code that comes with a checkpoint is not run"
-        )
-    quantization = raw.get("quantization_config") or {}
-    method = quantization.get("quant_method")
-    if quantization and method not in _READABLE_QUANTIZATION:
-        raise CheckpointError(
-            f"{where}: quantization_config.quant_method {method!r} is not read; "
-            f"use an unquantised checkpoint or one of {', '.join(_READABLE_QUANTIZATION)}"
-        )
-    try:
-        plain = {key: value for key, value in raw.items() if key != "quantization_config"}
-        config = CONFIG_MAPPING[family].from_dict(plain | {"model_type": family})
-    except Exception as error:  # a config class raises whatever its validation likes
-        raise CheckpointError(f"{where}: {error}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise CheckpointError(f"{where}: model_type {model_type!r} has no causal language model in transformers")
-    layer_types = set(getattr(config, "layer_types", None) or _ATTENTION_TYPES)
-    if not layer_types <= _ATTENTION_TYPES:
-        raise CheckpointError(
-            f"{where}: layer_types {', '.join(sorted(layer_types - _ATTENTION_TYPES))} are not served, "
-            f"only {' and '.join(sorted(_ATTENTION_TYPES))}"
-        )
-    return config
 
 
 def _load_model(

@@ -178,23 +178,6 @@ def test_a_mis_shaped_tensor_is_refused(copy_of: Callable[[str], Path]) -> None:
         load(directory)
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"model_type": "wonder_moe"}, "wonder_moe"),
-        ({"model_type": None}, "model_type None"),
-        ({"model_type": "clip"}, "clip"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
-        ({"layer_types": ["linear_attention", "full_attention", "full_attention"]}, "linear_attention"),
-    ],
-)
-def test_what_cannot_be_served_is_refused(changes: dict[str, Any], words: str, copy_of: Callable[[str], Path]) -> None:
-    directory = copy_of("mixtral")
-    edit_config(directory, **changes)
-    with pytest.raises(CheckpointError, match=words):
-        load(directory)
-
-
 def test_code_in_a_checkpoint_is_not_run(copy_of: Callable[[str], Path]) -> None:
     directory = copy_of("kimi_k2")
     (directory / "modeling_deepseek.py").write_text("raise SystemExit")
