@@ -9,13 +9,18 @@ import sys
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import torch
 import uvicorn
+from transformers import AutoModelForCausalLM
 
 from cluster.config.load import parse_mesh
 from cluster.control.controller import Controller
@@ -26,6 +31,10 @@ from router_service.transport.grpc_health import watch_health
 from router_service.transport.grpc_stream import GrpcTransport
 
 ROOT = Path(__file__).parents[2]
+SPECIAL = {256: "<|bos|>", 257: "<|eos|>", 258: "<|user|>", 259: "<|assistant|>"}
+# Around a chunk of 48 tokens, and of many chunks.
+LENGTHS = (1, 2, 47, 48, 49, 200, 700)
+NEW_TOKENS = 10
 
 
 @dataclass(frozen=True)
@@ -126,8 +135,8 @@ def free_port() -> Callable[[], int]:
 
 
 @asynccontextmanager
-async def _mesh(document: dict[str, Any], port: int) -> AsyncIterator[None]:
-    """Controller, groups and engine of one mesh.yaml document on this event loop, and HTTP on `port`."""
+async def _mesh(document: dict[str, Any]) -> AsyncIterator[str]:
+    """Controller, groups and engine of one mesh.yaml document on this event loop, and HTTP at the URL."""
     config = parse_mesh(document, origin="test")
     groups: list[GroupHost] = []
     controller = transport = None
@@ -144,12 +153,12 @@ async def _mesh(document: dict[str, Any], port: int) -> AsyncIterator[None]:
         await asyncio.gather(*(group.start() for group in groups))
     engine = EngineHost(config=config, controller=controller, transport=transport)
     await engine.start()
-    server = uvicorn.Server(uvicorn.Config(engine.app, port=port, log_level="warning"))
-    serving = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
+    # It listens from here on: a client that is early waits to be accepted.
+    bound = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(engine.app, log_level="warning"))
+    serving = asyncio.create_task(server.serve(sockets=[bound]))
     try:
-        yield
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
     finally:
         server.should_exit = True
         await serving
@@ -166,11 +175,10 @@ def serve_here() -> Iterator[Callable[[dict[str, Any]], str]]:
     running: list[Any] = []
 
     def serve(document: dict[str, Any]) -> str:
-        port = _free_port()
-        mesh = _mesh(document, port)
-        asyncio.run_coroutine_threadsafe(mesh.__aenter__(), loop).result(120)
+        mesh = _mesh(document)
+        url = asyncio.run_coroutine_threadsafe(mesh.__aenter__(), loop).result(120)
         running.append(mesh)
-        return f"http://127.0.0.1:{port}"
+        return url
 
     yield serve
     for mesh in running:
@@ -178,3 +186,73 @@ def serve_here() -> Iterator[Callable[[dict[str, Any]], str]]:
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()
+
+
+def _prompt(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(0, 256, (length,), generator=generator).tolist()
+
+
+def _name(token_id: int) -> str:
+    """How /v1/completions names a token of the tiny checkpoints: id below 256 is that byte."""
+    if token_id >= 256:
+        return SPECIAL.get(token_id, "")
+    return chr(token_id) if token_id < 128 else f"bytes:\\x{token_id:02x}"
+
+
+@cache
+def _generate(checkpoint: Path, prompt: tuple[int, ...]) -> list[str]:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return [_name(token) for token in output[0, len(prompt) :].tolist()]
+
+
+def _complete(url: str, model: str, prompt: list[int]) -> list[str]:
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": NEW_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": 0,
+    }
+    response = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    tokens: list[str] = response.json()["choices"][0]["logprobs"]["tokens"]
+    return tokens
+
+
+@pytest.fixture(scope="session")
+def check_exact() -> Callable[[str, str, Path], None]:
+    """A model at a URL gives `generate`'s greedy tokens of a checkpoint, for prompts of 1 to 700 tokens."""
+
+    def check(url: str, model: str, checkpoint: Path) -> None:
+        for length in LENGTHS:
+            prompt = _prompt(length)
+            assert _complete(url, model, prompt) == _generate(checkpoint, tuple(prompt)), f"prompt of {length} tokens"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def check_together() -> Callable[[str, str, Path], None]:
+    """16 requests of mixed lengths at once give what each gives alone."""
+
+    def check(url: str, model: str, checkpoint: Path) -> None:
+        prompts = [_prompt(1 + 23 * index, seed=1) for index in range(16)]
+        alone = [_complete(url, model, prompt) for prompt in prompts]
+        with ThreadPoolExecutor(16) as pool:
+            together = list(pool.map(lambda prompt: _complete(url, model, prompt), prompts))
+        assert together == alone
+        assert alone[5] == _generate(checkpoint, tuple(prompts[5]))
+
+    return check
