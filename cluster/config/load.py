@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +15,8 @@ from cluster.config.mesh import MeshConfig
 from experts.errors import ConfigError
 
 Location = Sequence[int | str]
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxlevel = 100, 2
 
 
 def load_mesh(path: Path) -> MeshConfig:
@@ -33,6 +36,11 @@ def load_mesh(path: Path) -> MeshConfig:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply; mesh.yaml has sections with keys, no more") from None
+    if repeated := _repeated_key(root, set()):
+        line = repeated.start_mark.line + 1
+        raise ConfigError(f"{path}:{line}: `{repeated.value}` is given twice; keep one of them")
     config = parse_mesh(document, origin=str(path), root=root)
     for base in (Path.cwd(), path.parent):
         source = (base / config.model.source).resolve()
@@ -76,7 +84,24 @@ def _describe(kind: str, location: Location, message: str, given: Any) -> str:
         return f"unknown key `{key}`; {hint}"
     if kind == "missing":
         return f"`{key}` is missing; it has no default"
-    return f"`{key}`: {message[0].lower()}{message[1:]} (given: {given!r})"
+    return f"`{key}`: {message[0].lower()}{message[1:]} (given: {_SHORT.repr(given)})"
+
+
+def _repeated_key(node: yaml.Node | None, seen: set[int]) -> yaml.ScalarNode | None:
+    """The first key that stands a second time in one mapping: YAML's readers would take the last, silently."""
+    if node is None or id(node) in seen:
+        return None
+    seen.add(id(node))
+    below = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        keys: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    return key
+                keys.add(key.value)
+            below = [*below, value]
+    return next((found for each in below if (found := _repeated_key(each, seen))), None)
 
 
 def _is_union_arm(part: int | str) -> bool:

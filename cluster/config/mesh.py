@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 Auto = Literal["auto"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic takes `yes` for 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("not_a_truth_value", "Input should not be a truth value (yes, no, on, off)")
+        return value
 
 
 class ModelConfig(_Section):
-    source: str = Field(description="Checkpoint directory, or hub id")
+    source: str = Field(min_length=1, description="Checkpoint directory, or hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: the checkpoint's own on a GPU, float32 on a CPU"
     )
@@ -27,7 +36,7 @@ class ModelConfig(_Section):
 
 class ExpertsConfig(_Section):
     groups: Annotated[int, Field(ge=1, le=4096)] = Field(4, description="Expert groups, each an actor on its device")
-    num_gpus: float | Auto = "auto"
+    num_gpus: Annotated[float, Field(ge=0)] | Auto = "auto"
     num_cpus: float = Field(0.1, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_redundant_experts: Annotated[int, Field(ge=0)] = Field(
@@ -88,7 +97,7 @@ class EngineConfig(_Section):
         512, description="The same where prompts are in the step"
     )
     num_cpus: float = Field(0.1, ge=0)
-    num_gpus: float | Auto = "auto"
+    num_gpus: Annotated[float, Field(ge=0)] | Auto = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     label_selector: dict[str, str] = Field(default_factory=dict)
     resources: dict[str, float] = Field(default_factory=dict)
@@ -121,7 +130,7 @@ class AutoscalingSection(_Section):
 
 
 class HttpConfig(_Section):
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", min_length=1)
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     api_keys_file: str | None = Field(None, description="One key a line; /v1 then wants one as bearer token")
 

@@ -46,6 +46,12 @@ def test_relative_source_is_found_beside_the_file(tmp_path: Path, monkeypatch: p
             4,
             ("engine.enable_dbo", "router.transport"),
         ),
+        ("model:\n  source: ''\n", 2, ("model.source", "at least 1 character")),
+        ("model:\n  source: x\nhttp:\n  host: ''\n", 4, ("http.host", "at least 1 character")),
+        ("model:\n  source: x\nexperts:\n  groups: yes\n", 4, ("experts.groups", "truth value")),
+        ("model:\n  source: x\nexperts:\n  num_gpus: -1\n", 4, ("experts.num_gpus", "greater than or equal to 0")),
+        ("model:\n  source: x\nrouter:\n  recovery_timeout_s: .inf\n", 4, ("recovery_timeout_s", "finite")),
+        ("model:\n  source: x\nhttp:\n  port: 1\n  port: 2\n", 5, ("`port` is given twice",)),
         ("model:\n  source: x\nhttp:\n  qqqqqqqq: 1\n", 4, ("http.qqqqqqqq", "valid keys here: host, port")),
     ],
 )
@@ -57,6 +63,16 @@ def test_a_mistake_names_file_line_key_and_remedy(tmp_path: Path, text: str, lin
     assert message.startswith(f"{path}:{line}: ")
     for part in parts:
         assert part in message
+
+
+def test_what_no_reader_can_follow_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        load_mesh(_write(tmp_path, "model: " + "{a: " * 3000 + "1" + "}" * 3000))
+    # Nine times nine times nine ... strings: the message must not hold them all.
+    levels = [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}' if n else 'x'] * 9)}]\n" for n in range(9)]
+    with pytest.raises(ConfigError, match=r"model\.source") as caught:
+        load_mesh(_write(tmp_path, "".join(levels) + "model: {source: *l8}\n"))
+    assert len(str(caught.value)) < 10_000
 
 
 def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
