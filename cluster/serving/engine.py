@@ -84,7 +84,8 @@ class Engine:
         if max_model_len > skeleton.max_position_embeddings:
             raise ConfigError(
                 f"engine.max_model_len is {max_model_len}, the model has positions for "
-                f"{skeleton.max_position_embeddings} (max_position_embeddings): lower it"
+                f"{skeleton.max_position_embeddings} (max_position_embeddings; with longrope, "
+                "original_max_position_embeddings): lower it"
             )
         if max_num_batched_tokens < max_num_seqs:
             raise ConfigError(
@@ -126,6 +127,11 @@ class Engine:
     @property
     def vocab_size(self) -> int:
         return self._skeleton.vocab_size
+
+    @property
+    def max_sequences(self) -> int:
+        """Most that run and wait together."""
+        return self._capacity
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

@@ -99,7 +99,12 @@ class OpenAiApi:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
-        self._prompts = PromptEncoder(tokenizer, max_model_len=engine.max_model_len, vocab_size=engine.vocab_size)
+        self._prompts = PromptEncoder(
+            tokenizer,
+            max_model_len=engine.max_model_len,
+            vocab_size=engine.vocab_size,
+            max_sequences=engine.max_sequences,
+        )
         self._card = {
             "id": model_name,
             "object": "model",

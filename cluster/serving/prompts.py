@@ -12,21 +12,25 @@ from cluster.serving.tokenizer import Tokenizer
 
 # Texts up to this length are tokenised in place (under 10 ms); longer ones in a thread: streams go on.
 _INLINE_CHARACTERS = 16_384
-MAX_PROMPTS = 2048
 
 ResultT = TypeVar("ResultT")
 
 
 class PromptEncoder:
-    """Checks prompts against one model: its vocabulary, and its context less one token of output."""
+    """Checks prompts against one engine: its vocabulary, its context less one token of output, its room.
 
-    def __init__(self, tokenizer: Tokenizer, *, max_model_len: int, vocab_size: int) -> None:
+    max_sequences: most that a request may ask for; with more it would find the queue full for ever
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, max_model_len: int, vocab_size: int, max_sequences: int) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
+        self._max_sequences = max_sequences
 
     async def encode_chat(self, request: ChatCompletionRequest) -> list[int]:
         """The conversation's token ids. Raises ApiError, RequestError."""
+        self._check_count(request.n or 1, "n")
         if request.continue_final_message and request.add_generation_prompt:
             raise ApiError(
                 "continue_final_message and add_generation_prompt exclude each other",
@@ -47,8 +51,7 @@ class PromptEncoder:
     async def encode_completion(self, request: CompletionRequest) -> list[list[int]]:
         """The token ids of every prompt. Raises ApiError."""
         prompts = _as_list(request.prompt)
-        if len(prompts) * (request.n or 1) > MAX_PROMPTS:
-            raise ApiError(f"prompt times n is over {MAX_PROMPTS} sequences: send fewer in a request", param="prompt")
+        self._check_count(len(prompts) * (request.n or 1), "n" if len(prompts) == 1 else "prompt")
 
         def encode() -> list[list[int]]:
             names = ["prompt"] if len(prompts) == 1 else [f"prompt[{index}]" for index in range(len(prompts))]
@@ -69,6 +72,14 @@ class PromptEncoder:
 
     def room_for_output(self, prompt_ids: list[int]) -> int:
         return self._max_model_len - len(prompt_ids)
+
+    def _check_count(self, num_sequences: int, param: str) -> None:
+        if num_sequences > self._max_sequences:
+            raise ApiError(
+                f"the request asks for {num_sequences} sequences (prompts times n), this server takes "
+                f"{self._max_sequences} at once: ask for fewer",
+                param=param,
+            )
 
     def _encode_text(self, text: str, name: str, *, add_special_tokens: bool) -> list[int]:
         if not text:

@@ -137,7 +137,14 @@ def test_clients_that_leave_free_the_engine(start: Callable[..., Any]) -> None:
 def test_what_does_not_fit_is_refused_and_nothing_stays(start: Callable[..., Any]) -> None:
     body = {"model": MODEL, "prompt": "x", "max_tokens": 2}
     with start(max_num_seqs=1, max_queue_len=1) as (engine, url):
-        full = httpx.post(f"{url}/v1/completions", json=body | {"n": 3, "max_tokens": 500})
+        never = httpx.post(f"{url}/v1/completions", json=body | {"n": 3})
+        assert never.status_code == 400  # and not 429: no waiting would help
+        assert never.json()["error"]["param"] == "n"
+        endless = body | {"n": 2, "max_tokens": 2000, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=endless, timeout=60) as busy:
+            lines = busy.iter_lines()  # kept: closing it would close the stream
+            assert next(lines).startswith("data: ")
+            full = httpx.post(f"{url}/v1/completions", json=body)
         assert full.status_code == 429
         assert int(full.headers["retry-after"]) >= 1
         long = httpx.post(f"{url}/v1/completions", json=body | {"prompt": [1] * 2048})
