@@ -24,7 +24,11 @@ def connect(address: str) -> None:
 
 
 def application_details() -> dict[str, Any]:
-    """What Serve knows of the application: deployments, their replicas, targets; empty where it does not run."""
+    """What Serve knows of the application: deployments, their replicas, targets; empty where it does not run.
+
+    The document is public (`ray.serve.schema.ServeInstanceDetails`), the way to it is not: `serve.status()` leaves out
+    replicas and targets, and Serve's REST API runs only where Ray's dashboard does.
+    """
     details: dict[str, Any] = serve.context._get_global_client().get_serve_details()
     application: dict[str, Any] = details["applications"].get(APPLICATION, {"deployments": {}})
     return application
