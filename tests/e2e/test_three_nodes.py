@@ -1,7 +1,6 @@
 """Three Ray nodes, each in a network namespace of its own: the engine on one, the experts on the two others."""
 
 import json
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +16,18 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 PORT = 8000
 ENGINE, EXPERTS = "--labels=role=engine", "--labels=role=experts"
 PROMPT = "three nodes serve one model"
-# Runs on the engine's host: asks for a completion, prints it.
+# Runs on the engine's host: waits for the server, asks for a completion, prints it.
 CLIENT = f"""
-import httpx
+import httpx, time
+deadline = time.monotonic() + 240
+while True:
+    try:
+        if httpx.get("http://127.0.0.1:{PORT}/health").status_code == 200:
+            break
+    except httpx.TransportError:
+        pass
+    assert time.monotonic() < deadline, "the server did not come up"
+    time.sleep(0.2)
 body = dict(model="tiny", prompt={PROMPT!r}, max_tokens=24, temperature=0, ignore_eos=True)
 print(httpx.post("http://127.0.0.1:{PORT}/v1/completions", json=body, timeout=120).text)
 """
@@ -71,19 +79,13 @@ def test_experts_live_on_the_nodes_that_have_no_engine(
         assert started.returncode == 0, started.stdout + started.stderr
 
     cluster = f"{head.address}:6379"
-    server = head.popen(
-        "python", "-m", "cluster.cli", "serve", str(tmp_path / "mesh.yaml"), "--address", cluster,
-        env=command_environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    log = []
-    for line in server.stdout:
-        log.append(line)
-        if line.startswith("Ctrl-C stops everything"):
-            break
-    else:
-        pytest.fail("the server did not come up:\n" + "".join(log))
-    answer = head.run("python", "-c", CLIENT, env=command_environment)
-    assert answer.returncode == 0, answer.stderr
+    with (tmp_path / "serve.log").open("w") as log:
+        server = head.popen(
+            "python", "-m", "cluster.cli", "serve", str(tmp_path / "mesh.yaml"), "--address", cluster,
+            env=command_environment, stdout=log, stderr=log,
+        )  # fmt: skip
+    answer = head.run("python", "-c", CLIENT, env=command_environment, timeout_s=300)
+    assert answer.returncode == 0, answer.stderr + (tmp_path / "serve.log").read_text()
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -108,5 +110,4 @@ def test_experts_live_on_the_nodes_that_have_no_engine(
         assert _received_bytes(host) - count > rows_bytes
 
     server.terminate()
-    rest, _ = server.communicate(timeout=120)
-    assert server.returncode == 0, rest
+    assert server.wait(120) == 0, (tmp_path / "serve.log").read_text()
