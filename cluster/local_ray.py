@@ -30,20 +30,12 @@ def start_local_ray() -> None:
         # Short: a Unix socket's path in it may have 97 characters.
         directory = tempfile.mkdtemp(prefix="em-", dir="/tmp")
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
-        stats, metrics, fallback = _free_ports(3)
         settings = {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{directory}/haproxy.cfg",
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{directory}/admin.sock",
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": directory,
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{directory}/server-state",
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
             # There is no load balancer to warn before an engine stops.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         }
-        for name, value in settings.items():
+        for name, value in (settings | own_haproxy(directory)).items():
             os.environ.setdefault(name, value)
     # Weights on huge pages, in every process that Ray starts: streaming them over small pages pushes the code's own
     # address translations out, a tenth of a decode step on a CPU.
@@ -77,6 +69,20 @@ def shape_proxy_errors() -> None:
         ours = page.with_suffix(".json")
         ours.write_bytes(head.encode() + body)
         ours.replace(page)
+
+
+def own_haproxy(directory: str) -> dict[str, str]:
+    """Environment of a Ray whose HAProxy meets no other one on this machine: its files are in `directory`."""
+    stats, metrics, fallback = _free_ports(3)
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{directory}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{directory}/admin.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": directory,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{directory}/server-state",
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+    }
 
 
 def _free_ports(count: int) -> list[int]:

@@ -120,5 +120,13 @@ def test_replicas_have_one_owner(ray_service, pod_templates):
         assert all(g["maxReplicas"] == g["replicas"] for g in cluster["workerGroupSpecs"])
 
 
+def test_every_ray_node_has_the_same_proxy(pod_templates):
+    for name, template in pod_templates.items():
+        (container,) = template["spec"]["containers"]
+        assert {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"} in container["env"], name
+        writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+        assert "/tmp" in writable, "HAProxy's configuration and sockets lie there"
+
+
 def test_nothing_needs_twice_the_gpus_to_upgrade(ray_service):
     assert ray_service["spec"]["upgradeStrategy"] == {"type": "None"}

@@ -1,4 +1,4 @@
-"""The local overlay's serveConfigV2, as it is, through `serve deploy` on a Ray cluster of this machine."""
+"""The local overlay's serveConfigV2, as it is, through `serve deploy` on a Ray of this machine with its settings."""
 
 import secrets
 import shutil
@@ -9,12 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import yaml
 
 from cluster.bench.processes import child_process, log_tail
+from cluster.local_ray import own_haproxy
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -24,15 +26,15 @@ WAIT_S = 240
 
 
 @pytest.fixture(scope="module")
-def serve_config() -> str:
-    """The text of serveConfigV2 in the overlay's RayService."""
+def ray_service() -> dict[str, Any]:
+    """`spec` of the overlay's RayService."""
     command = next((c for c in (["kustomize", "build"], ["kubectl", "kustomize"]) if shutil.which(c[0])), None)
     if command is None:
         pytest.skip("builds an overlay: install kubectl 1.21 or later, or kustomize 4 or later")
     built = subprocess.run([*command, str(OVERLAY)], capture_output=True, text=True, check=True)
-    (text,) = (o["spec"]["serveConfigV2"] for o in yaml.safe_load_all(built.stdout) if o["kind"] == "RayService")
-    assert isinstance(text, str)
-    return text
+    (spec,) = (o["spec"] for o in yaml.safe_load_all(built.stdout) if o["kind"] == "RayService")
+    assert isinstance(spec, dict)
+    return spec
 
 
 @pytest.fixture
@@ -57,12 +59,15 @@ def _answers(url: str, headers: dict[str, str] | None = None) -> bool:
 
 
 def test_serve_deploy_serves_the_demo_model(
-    serve_config: str,
+    ray_service: dict[str, Any],
     command_environment: dict[str, str],
     free_port: Callable[[], int],
     tmp_path: Path,
     short_directory: Path,
 ) -> None:
+    serve_config = ray_service["serveConfigV2"]
+    (head,) = ray_service["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
+    of_serve = {v["name"]: v["value"] for v in head["env"] if v["name"].startswith("RAY_SERVE_")}
     port = yaml.safe_load(serve_config)["http_options"]["port"]
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -74,7 +79,8 @@ def test_serve_deploy_serves_the_demo_model(
     token.write_text(secrets.token_hex(32))
     # Nothing here is worth a graceful drain of the node.
     no_drain = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
-    environment = {**command_environment, **no_drain, "RAY_AUTH_TOKEN_PATH": str(token)}
+    environment = {**command_environment, **no_drain, **of_serve, **own_haproxy(str(short_directory))}
+    environment["RAY_AUTH_TOKEN_PATH"] = str(token)
     file, log, dashboard = tmp_path / "serve.yaml", tmp_path / "ray.log", free_port()
     file.write_text(serve_config)
     start = (
@@ -97,3 +103,4 @@ def test_serve_deploy_serves_the_demo_model(
         assert answer.status_code == 200, answer.text
         assert answer.json()["usage"]["completion_tokens"] == 16
         assert answer.json()["choices"][0]["text"].strip()
+        assert [*short_directory.rglob("haproxy.cfg")], "the manifest chooses HAProxy"
