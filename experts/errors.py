@@ -5,6 +5,7 @@ MeshError (ValueError)
 ├── CheckpointError      a file or a tensor of a checkpoint
 ├── RequestError         a field of an HTTP or gRPC request
 │   ├── QueueFull        the engine's waiting queue is full; carries when to try again
+│   ├── SegmentUnreachable  a call's data is in memory that this machine does not share
 │   └── ExpertNotResident   a call names an expert that this group does not hold (any more)
 └── GroupUnavailable     an expert group did not answer and did not come back in time
 
@@ -44,6 +45,10 @@ class QueueFull(RequestError):
 
 class ExpertNotResident(RequestError):
     """A call named an expert that the group does not hold: the caller's placement table is out of date."""
+
+
+class SegmentUnreachable(RequestError):
+    """A call's data lies in shared memory that this process cannot open: it must travel in the message."""
 
 
 class GroupUnavailable(MeshError):

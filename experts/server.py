@@ -18,6 +18,7 @@ from experts.node_call import NodeCall
 from experts.node_relay import NodeRelay
 from experts.spec import ExpertCall
 from experts.wire.codec import MAX_MESSAGE_BYTES, BadCall, decode_call, encode_failure, encode_partial
+from experts.wire.shared_memory import MappedSegments
 from experts.wire.v1 import expert_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ExpertService"].full_name
@@ -82,17 +83,18 @@ class ExpertServer:
         self._relay.close()
 
     def _stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        segments = MappedSegments()
         for request in requests:
             # gRPC resumes us once the answer is out, so a call counts until then.
             with self._counted():
-                yield self._answer(request)
+                yield self._answer(request, segments)
 
-    def _answer(self, request: bytes) -> bytes:
+    def _answer(self, request: bytes, segments: MappedSegments) -> bytes:
         call_id = 0
         try:
-            wire = decode_call(request)
+            wire = decode_call(request, segments)
             call_id = wire.call_id
-            return encode_partial(call_id, self._run(wire.call), wire.reply_dtype)
+            return encode_partial(call_id, self._run(wire.call), wire.reply_dtype, wire.reply_place)
         except Exception as error:
             # Whatever went wrong, the stream and its other calls live on.
             return encode_failure(error.call_id if isinstance(error, BadCall) else call_id, error)

@@ -95,6 +95,8 @@ class Failover:
                 try:
                     done.append((sent.part, self._sender.receive(sent, max(0.0, deadline - time.monotonic()))))
                 except ReplyAbandoned:
+                    for each in flights:
+                        each.settle()
                     raise
                 except (TransportError, ExpertNotResident) as error:
                     if isinstance(error, ExpertNotResident):

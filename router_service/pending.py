@@ -52,8 +52,11 @@ class Pending:
         """
         try:
             combined_TH = self._result()
-        except ReplyAbandoned as error:
-            raise TimeoutError(str(error)) from error
+        except BaseException as error:
+            self.cancel()  # what the others still owe
+            if isinstance(error, ReplyAbandoned):
+                raise TimeoutError(str(error)) from error
+            raise
         self._counters.combined(time.monotonic() - self._dispatched)
         return combined_TH
 

@@ -27,6 +27,12 @@ class ReplicaChoice:
         self._last_turn: dict[str, int] = {}
         self._lost_at: dict[str, float] = {}
 
+    @property
+    def rows_in_flight(self) -> int:
+        """Rows that were sent and neither answered nor given up."""
+        with self._lock:
+            return sum(self._rows_in_flight.values())
+
     def choose(self, view: TableView, group: int) -> GroupReplica | None:
         """The replica to send to, None where the group has none alive."""
         replicas = view.replicas[group]
@@ -55,17 +61,23 @@ class ReplicaChoice:
                 if not any(self._alive(replica) for replica in replicas)
             )
 
-    def sent(self, replica: GroupReplica, rows: int) -> None:
+    def sent(self, replica: GroupReplica, rows: int) -> Callable[[], None]:
+        """Count rows that a replica owes; call what this returns once they are answered or given up (again: no-op)."""
         with self._lock:
             self._rows_in_flight[replica.replica] = self._rows_in_flight.get(replica.replica, 0) + rows
+        owed = [rows]
 
-    def answered(self, replica: GroupReplica, rows: int) -> None:
-        with self._lock:
-            left = self._rows_in_flight.get(replica.replica, 0) - rows
-            if left > 0:
-                self._rows_in_flight[replica.replica] = left
-            else:
-                self._rows_in_flight.pop(replica.replica, None)
+        def settle() -> None:
+            with self._lock:
+                if not owed:
+                    return
+                left = self._rows_in_flight[replica.replica] - owed.pop()
+                if left:
+                    self._rows_in_flight[replica.replica] = left
+                else:
+                    del self._rows_in_flight[replica.replica]
+
+        return settle
 
     def lost(self, replica: GroupReplica) -> None:
         """The replica failed a call: leave it out until RETRY_S has passed."""

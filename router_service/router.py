@@ -59,11 +59,11 @@ class Router:
         self._max_nodes_per_token = max_nodes_per_token
         self._restrict = node_limit_mode == "restrict"
         self._board = TableBoard()
-        self._replicas = ReplicaChoice()
-        self._sender = Sender(transport, self._replicas, self.counters, node)
+        self.replicas = ReplicaChoice()
+        self._sender = Sender(transport, self.replicas, self.counters, node)
         self._failover = Failover(
             self._board,
-            self._replicas,
+            self.replicas,
             self._sender,
             self.counters,
             recovery_timeout_s=recovery_timeout_s,
@@ -90,7 +90,7 @@ class Router:
         longer listed fail over at once.
         """
         departed = self._board.publish(table)
-        self._replicas.forget(departed)
+        self.replicas.forget(departed)
         for replica in departed:
             self._transport.forget(replica)
 
@@ -169,7 +169,7 @@ class Router:
         until = math.inf if timeout_s is None else dispatched + timeout_s
         hidden_TH = hidden_TH.detach()
         view = self._view()
-        avoid = self._replicas.unreachable(view)
+        avoid = self.replicas.unreachable(view)
         cover = view.cover(layer, avoid, self._node) if self._max_nodes_per_token is not None else None
         plan = plan_dispatch(view.slots(layer, avoid), layer, expert_ids_TK, weights_TK, cover)
         self.counters.batch(layer, plan.num_tokens, plan.tokens_per_expert_E)

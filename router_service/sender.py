@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +18,16 @@ from router_service.transport.base import PendingReply, ReplyAbandoned, Transpor
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Flight:
-    """A part that is out. version: of the table it was planned with; reply: the error where it was not even sent."""
+    """A part that is out. version: of the table it was planned with; reply: the error where it was not even sent.
+
+    settle: tells ReplicaChoice that the replica owes nothing any more
+    """
 
     part: GroupPart
     version: int
     replica: GroupReplica | None
     reply: PendingReply | TransportError
+    settle: Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -35,6 +39,7 @@ class NodeFlight:
     replicas: tuple[GroupReplica, ...] = ()
     reply: PendingReply | TransportError | None = None
     flights: tuple[Flight, ...] = ()
+    settles: tuple[Callable[[], None], ...] = ()
 
 
 class Sender:
@@ -89,13 +94,15 @@ class Sender:
             call.hidden_TH.nbytes,
             remote=True,
         )
-        for replica, part in zip(replicas, node_part.parts, strict=True):
+        settles = tuple(
             self._replicas.sent(replica, len(part.token_rows_R))
+            for replica, part in zip(replicas, node_part.parts, strict=True)
+        )
         try:
             reply: PendingReply | TransportError = self._transport.send_node(replicas, call, timeout_s)
         except TransportError as error:
             reply = error
-        return NodeFlight(node_part=node_part, version=version, replicas=replicas, reply=reply)
+        return NodeFlight(node_part=node_part, version=version, replicas=replicas, reply=reply, settles=settles)
 
     def receive_node(self, flight: NodeFlight, timeout_s: float) -> torch.Tensor:
         """Wait for the sum over a node's parts, rows as `node_part.tokens_T`. Raises TransportError, RequestError.
@@ -108,8 +115,8 @@ class Sender:
                 raise flight.reply
             partial_TH = flight.reply.result(timeout_s)
         finally:
-            for replica, part in zip(flight.replicas, flight.node_part.parts, strict=True):
-                self._replicas.answered(replica, len(part.token_rows_R))
+            for settle in flight.settles:
+                settle()
         self._counters.received(partial_TH.nbytes)
         return partial_TH
 
@@ -129,16 +136,16 @@ class Sender:
     ) -> Flight:
         if replica is None:
             error = TransportError("it has no live replica in the placement table")
-            return Flight(part=part, version=version, replica=None, reply=error)
+            return Flight(part=part, version=version, replica=None, reply=error, settle=_nothing)
         call = part.call(hidden_TH)
         remote = self._node is not None and replica.node != self._node
         self._counters.call(len(part.token_rows_R), len(call.hidden_TH), call.hidden_TH.nbytes, remote=remote)
-        self._replicas.sent(replica, len(part.token_rows_R))
+        settle = self._replicas.sent(replica, len(part.token_rows_R))
         try:
             reply: PendingReply | TransportError = self._transport.send(replica, call, timeout_s)
         except TransportError as error:
             reply = error
-        return Flight(part=part, version=version, replica=replica, reply=reply)
+        return Flight(part=part, version=version, replica=replica, reply=reply, settle=settle)
 
     def receive(self, flight: Flight, timeout_s: float) -> torch.Tensor:
         """Wait for partial_TH. Raises TransportError (the replica then counts as lost) or RequestError."""
@@ -151,14 +158,19 @@ class Sender:
                 self._replicas.lost(flight.replica)
             raise
         finally:
-            if flight.replica is not None:
-                self._replicas.answered(flight.replica, len(flight.part.token_rows_R))
+            flight.settle()
         self._counters.received(partial_TH.nbytes)
         return partial_TH
 
     @staticmethod
     def cancel(flight: NodeFlight) -> None:
-        """Nobody wants the answers any more."""
+        """Nobody wants the answers any more; from any thread, and nothing happens to what was received."""
+        for settle in (*flight.settles, *(each.settle for each in flight.flights)):
+            settle()
         for reply in (flight.reply, *(each.reply for each in flight.flights)):
             if reply is not None and not isinstance(reply, TransportError):
                 reply.cancel()
+
+
+def _nothing() -> None:
+    """Nothing was sent, so nothing is owed."""

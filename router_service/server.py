@@ -102,7 +102,8 @@ class RouterServer:
                 # A limit makes every call to a group an RPC of its own, which gRPC can cancel.
                 left_s = context.time_remaining()
                 pending = self._begin(call, _LONGEST_S if left_s is None else min(left_s, _LONGEST_S))
-                context.add_callback(pending.cancel)
+                if not context.add_callback(pending.cancel):
+                    pending.cancel()  # the caller went away meanwhile
                 return encode_combined(call.call_id, pending.result())
             except (RequestError, GroupUnavailable, TimeoutError) as error:
                 context.abort(_code(error), str(error))

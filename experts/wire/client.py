@@ -3,7 +3,8 @@
 A stream beats unary calls by half at any size that we send: no new HTTP/2 stream, no scheduling of a handler. The
 thread that waits for a reply reads the stream itself, so that no thread has to wake another; when several wait, one
 reads for all. A call with a time limit goes as an RPC of its own, so that gRPC carries its deadline and its
-cancellation to the group.
+cancellation to the group. What is large stays in shared memory where the peer is on this machine; the first such
+call finds out whether it is.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Protocol
 
 import grpc
 import torch
 
-from experts.errors import ExpertNotResident, MeshError, RequestError
+from experts.errors import ExpertNotResident, MeshError, RequestError, SegmentUnreachable
 from experts.node_call import NodeCall
 from experts.spec import ExpertCall
-from experts.wire.codec import MAX_MESSAGE_BYTES, WireReply, decode_partial, encode_call
+from experts.wire.codec import MAX_MESSAGE_BYTES, WireReply, decode_partial, encode_call, segment_bytes
+from experts.wire.shared_memory import Segment, SegmentPool
 from experts.wire.v1 import expert_pb2 as pb
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["ExpertService"].full_name
@@ -36,6 +39,8 @@ _OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
+# From here on (both ways together), copying through shared memory costs less than through two sockets.
+_SHARED_BYTES = 128 * 1024
 # How often overdue replies are looked for; a reply is given up at most so long after its deadline.
 _WATCH_S = 0.2
 
@@ -74,6 +79,9 @@ class _Connection:
         self._wanted: set[int] = set()
         self._arrived: dict[int, WireReply] = {}
         self._deadlines: dict[int, float] = {}
+        self._segments = SegmentPool()
+        self._lent: dict[int, Segment] = {}
+        self._same_machine = True
         self._error: CallFailed | None = None
 
     @property
@@ -84,10 +92,20 @@ class _Connection:
     def held(self) -> int:
         return len(self._arrived)
 
-    def send(self, call_id: int, message: bytes) -> Reply:
+    def segment(self, nbytes: int) -> Segment | None:
+        """Shared memory for a call, or None where the call is small or the peer elsewhere."""
+        return self._segments.take(nbytes) if self._same_machine and nbytes >= _SHARED_BYTES else None
+
+    def not_shared(self) -> None:
+        """The peer is on another machine after all."""
+        self._same_machine = False
+
+    def send(self, call_id: int, message: bytes, segment: Segment | None, resend: Callable[[], Reply]) -> Reply:
         self._wanted.add(call_id)
+        if segment is not None:
+            self._lent[call_id] = segment
         self._requests.put(message)
-        return _StreamReply(self, call_id)
+        return _StreamReply(self, call_id, resend)
 
     def request(self, message: bytes, timeout_s: float) -> Reply:
         return _UnaryReply(self._where, self._forward.future(message, timeout=timeout_s))
@@ -130,7 +148,9 @@ class _Connection:
 
     def _read_until(self, call_id: int) -> WireReply:
         while True:
-            reply = decode_partial(next(self._call))
+            reply = decode_partial(next(self._call), self._segments)
+            if segment := self._lent.pop(reply.call_id, None):
+                self._segments.give_back(segment)
             if reply.call_id == call_id:
                 return reply
             with self._changed:
@@ -155,6 +175,7 @@ class _Connection:
         self._requests.put(None)
         self._call.cancel()
         self._channel.close()
+        self._segments.close()
 
     def _dead(self) -> CallFailed:
         assert self._error is not None, "close() sets it"
@@ -162,12 +183,17 @@ class _Connection:
 
 
 class _StreamReply:
-    def __init__(self, connection: _Connection, call_id: int) -> None:
+    def __init__(self, connection: _Connection, call_id: int, resend: Callable[[], Reply]) -> None:
         self._connection = connection
         self._call_id = call_id
+        self._resend = resend
 
     def result(self, timeout_s: float | None = None) -> torch.Tensor:
-        return _partial(self._connection.wait(self._call_id, timeout_s))
+        reply = self._connection.wait(self._call_id, timeout_s)
+        if isinstance(reply.error, SegmentUnreachable):
+            self._connection.not_shared()
+            return self._resend().result(timeout_s)
+        return _partial(reply)
 
     def cancel(self) -> None:
         self._connection.abandon(self._call_id)
@@ -234,16 +260,16 @@ class ExpertClient:
                    given to `Reply.result`
         """
         call_id = next(self._call_ids)
-        message = encode_call(
-            call,
-            call_id,
-            hidden_dtype=self._hidden_dtype,
-            reply_dtype=self._reply_dtype or call.hidden_TH.dtype,
-        )
+        hidden_dtype = self._hidden_dtype or call.hidden_TH.dtype
+        reply_dtype = self._reply_dtype or call.hidden_TH.dtype
         connection = self._connection(name, address)
+        segment = None
+        if timeout_s is None:
+            segment = connection.segment(segment_bytes(call.hidden_TH.numel(), hidden_dtype, reply_dtype))
+        message = encode_call(call, call_id, hidden_dtype=hidden_dtype, reply_dtype=reply_dtype, segment=segment)
         if timeout_s is not None:
             return connection.request(message, timeout_s)
-        return connection.send(call_id, message)
+        return connection.send(call_id, message, segment, lambda: self.send(name, address, call))
 
     def drop(self, name: str, reason: str) -> None:
         """Close the connection to `name`; whatever it owes fails with `reason`."""

@@ -12,26 +12,30 @@ from typing import TypedDict
 import torch
 from google.protobuf.message import DecodeError
 
-from experts.errors import ExpertNotResident, MeshError, RequestError
+from experts.errors import ExpertNotResident, MeshError, RequestError, SegmentUnreachable
 from experts.node_call import NodeCall, NodeShare
 from experts.spec import ExpertCall
 from experts.wire.frame import decode_tensor, encode_frame, split_frame, torch_dtype, wire_dtype
+from experts.wire.shared_memory import Place, Segment, SharedBytes
 from experts.wire.v1 import expert_pb2 as pb
 
 MAX_MESSAGE_BYTES = 512 * 1024 * 1024
 """Largest message either end accepts: 18000 tokens of 7168 float32 values."""
 
 # gRPC's status codes, as Failure.code carries them.
-INVALID_ARGUMENT, NOT_FOUND, INTERNAL = 3, 5, 13
+INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, INTERNAL = 3, 5, 9, 13
+# Answers begin at whole cache lines of a segment.
+_LINE = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WireCall:
-    """A decoded ForwardRequest. `reply_dtype` is what the caller wants the partial sums in."""
+    """A decoded ForwardRequest. `reply_dtype` is what the caller wants the partial sums in, `reply_place` where."""
 
     call_id: int
     call: ExpertCall | NodeCall
     reply_dtype: torch.dtype
+    reply_place: Place | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +48,7 @@ class WireReply:
 
 
 class BadCall(RequestError):
-    """A ForwardRequest whose content is wrong. `call_id` is the caller's, so that only that call fails."""
+    """A ForwardRequest whose content is wrong (`__cause__`). `call_id`: the caller's, so that only that call fails."""
 
     def __init__(self, message: str, field: str | None, call_id: int) -> None:
         super().__init__(message, field)
@@ -57,11 +61,13 @@ def encode_call(
     *,
     hidden_dtype: torch.dtype | None = None,
     reply_dtype: torch.dtype = torch.float32,
+    segment: Segment | None = None,
 ) -> bytes:
     """A serialised ForwardRequest.
 
     hidden_dtype: what `hidden_TH` travels in, its own by default (float8_e4m3fn: see `encode_frame`).
     reply_dtype: what the partial sums come back in.
+    segment: where the hidden states go and the answer is to come, `segment_bytes` long or more; None: with the message
     """
     head = pb.ForwardRequest(call_id=call_id, layer=call.layer, reply_dtype=wire_dtype(reply_dtype))
     if isinstance(call, NodeCall):
@@ -70,11 +76,22 @@ def encode_call(
             _encode_rows(share, head.shares.add(group=share.group, address=share.address, tokens=tokens))
     else:
         _encode_rows(call, head)
-    return encode_frame(head, call.hidden_TH, hidden_dtype)
+    if segment is None:
+        return encode_frame(head, call.hidden_TH, hidden_dtype)
+    hidden_bytes = call.hidden_TH.numel() * (hidden_dtype or call.hidden_TH.dtype).itemsize
+    head.reply_place.segment, head.reply_place.offset = segment.name, -(-hidden_bytes // _LINE) * _LINE
+    return encode_frame(head, call.hidden_TH, hidden_dtype, segment.place(0, hidden_bytes))
 
 
-def decode_call(data: bytes) -> WireCall:
+def segment_bytes(num_values: int, hidden_dtype: torch.dtype, reply_dtype: torch.dtype) -> int:
+    """Shared memory that a call of `num_values` (T * H) hidden values needs for them and the answer."""
+    return -(-num_values * hidden_dtype.itemsize // _LINE) * _LINE + num_values * reply_dtype.itemsize
+
+
+def decode_call(data: bytes, shared: SharedBytes | None = None) -> WireCall:
     """Read a ForwardRequest from the network and check that its parts agree with one another.
+
+    shared: finds data in shared memory, which the call then reads in place; None: none is accepted
 
     Whether the group knows the layer, the experts and the width is the shard's to check. Raises BadCall
     (a RequestError) naming the field.
@@ -85,7 +102,7 @@ def decode_call(data: bytes) -> WireCall:
     except DecodeError as error:
         raise RequestError(f"message: not a ForwardRequest ({error})", "message") from None
     try:
-        hidden_TH = decode_tensor(body, "hidden")
+        hidden_TH = decode_tensor(body, "hidden", shared, copy=False)
         if hidden_TH.dim() != 2:
             raise RequestError(f"hidden.shape: [T, H] expected, not {list(hidden_TH.shape)}", "hidden.shape")
         call: ExpertCall | NodeCall
@@ -97,20 +114,31 @@ def decode_call(data: bytes) -> WireCall:
         reply_dtype = torch.float32
         if head.reply_dtype:
             reply_dtype = torch_dtype(head.reply_dtype, "reply_dtype")
-        return WireCall(call_id=head.call_id, call=call, reply_dtype=reply_dtype)
+        place = None
+        if head.HasField("reply_place"):
+            if shared is None:
+                raise SegmentUnreachable("reply_place: shared memory is not taken here", "reply_place")
+            segment, offset = head.reply_place.segment, head.reply_place.offset
+            memory = shared.view(segment, offset, hidden_TH.numel() * reply_dtype.itemsize)
+            place = Place(segment=segment, offset=offset, memory=memory)
+        return WireCall(call_id=head.call_id, call=call, reply_dtype=reply_dtype, reply_place=place)
     except RequestError as error:
-        raise BadCall(str(error), error.field, head.call_id) from None
+        raise BadCall(str(error), error.field, head.call_id) from error
 
 
-def encode_partial(call_id: int, partial_TH: torch.Tensor, dtype: torch.dtype = torch.float32) -> bytes:
-    """A serialised ForwardReply with an answer."""
-    return encode_frame(pb.ForwardReply(call_id=call_id), partial_TH, dtype)
+def encode_partial(
+    call_id: int, partial_TH: torch.Tensor, dtype: torch.dtype = torch.float32, place: Place | None = None
+) -> bytes:
+    """A serialised ForwardReply with an answer, or with its place."""
+    return encode_frame(pb.ForwardReply(call_id=call_id), partial_TH, dtype, place)
 
 
 def encode_failure(call_id: int, error: Exception) -> bytes:
     """A serialised ForwardReply that says why the call failed, for the stream to live on."""
     if isinstance(error, ExpertNotResident):
         code = NOT_FOUND
+    elif isinstance(error.__cause__, SegmentUnreachable):
+        code = FAILED_PRECONDITION
     elif isinstance(error, RequestError):
         code = INVALID_ARGUMENT
     else:
@@ -119,18 +147,20 @@ def encode_failure(call_id: int, error: Exception) -> bytes:
     return pb.ForwardReply(call_id=call_id, failure=failure).SerializeToString()
 
 
-def decode_partial(data: bytes) -> WireReply:
-    """Read a ForwardReply. Raises RequestError for bytes that are none."""
+def decode_partial(data: bytes, shared: SharedBytes | None = None) -> WireReply:
+    """Read a ForwardReply, copying what lies in shared memory. Raises RequestError for bytes that are none."""
     head_bytes, body = split_frame(data)
     try:
         head = pb.ForwardReply.FromString(head_bytes)
     except DecodeError as error:
         raise RequestError(f"message: not a ForwardReply ({error})", "message") from None
     if not head.HasField("failure"):
-        return WireReply(call_id=head.call_id, partial_TH=decode_tensor(body, "partial").float())
+        return WireReply(call_id=head.call_id, partial_TH=decode_tensor(body, "partial", shared).float())
     message, failure = head.failure.message, MeshError(f"the expert group failed: {head.failure.message}")
     if head.failure.code == NOT_FOUND:
         failure = ExpertNotResident(message)
+    elif head.failure.code == FAILED_PRECONDITION:
+        failure = SegmentUnreachable(message)
     elif head.failure.code == INVALID_ARGUMENT:
         failure = RequestError(message)
     return WireReply(call_id=head.call_id, error=failure)

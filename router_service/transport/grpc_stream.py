@@ -42,6 +42,8 @@ class _Reply:
 class GrpcTransport:
     """One stream per replica, kept until it breaks or the replica leaves the table. Thread-safe.
 
+    Large tensors stay in shared memory where the replica is on this machine (`experts.wire.shared_memory`).
+
     wire_dtype: what tensors travel in.
       model  both ways as the model computes: nothing is lost with a float32 model; a 16-bit model's partial sums are
              rounded to it once per group, or once per node where a node's groups share a message

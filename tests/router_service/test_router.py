@@ -130,3 +130,20 @@ def test_an_older_table_is_ignored(make_mesh):
     router.update(mesh.start(1))
     router.update(old)
     assert router.table is mesh.table
+
+
+@pytest.mark.parametrize("end", ["answered", "cancelled", "failed"])
+def test_a_call_that_ended_weighs_on_no_replica(make_mesh, end):
+    mesh = make_mesh(num_groups=3)
+    router = make_router(mesh)
+    hidden_TH, ids_TK, weights_TK = mesh.batch(30)
+    if end == "failed":
+        with pytest.raises(RequestError, match="wide"):
+            router.dispatch(0, hidden_TH[:, :-1].contiguous(), ids_TK, weights_TK).result()
+    else:
+        pending = router.dispatch(0, hidden_TH, ids_TK, weights_TK)
+        assert router.replicas.rows_in_flight == 30 * ids_TK.shape[1]
+        if end == "answered":
+            pending.result()
+        pending.cancel()
+    assert router.replicas.rows_in_flight == 0

@@ -20,17 +20,27 @@ DTYPE_FLOAT16: DType
 DTYPE_BFLOAT16: DType
 DTYPE_FLOAT8_E4M3: DType
 
+class SharedMemory(_message.Message):
+    __slots__ = ("segment", "offset")
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    segment: str
+    offset: int
+    def __init__(self, segment: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+
 class Tensor(_message.Message):
-    __slots__ = ("dtype", "shape", "scales", "data")
+    __slots__ = ("dtype", "shape", "scales", "shared", "data")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     SCALES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     dtype: DType
     shape: _containers.RepeatedScalarFieldContainer[int]
     scales: bytes
+    shared: SharedMemory
     data: bytes
-    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., scales: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., scales: _Optional[bytes] = ..., shared: _Optional[_Union[SharedMemory, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class NodeShare(_message.Message):
     __slots__ = ("group", "address", "tokens", "expert_ids", "offsets", "token_rows", "weights")
@@ -51,7 +61,7 @@ class NodeShare(_message.Message):
     def __init__(self, group: _Optional[int] = ..., address: _Optional[str] = ..., tokens: _Optional[bytes] = ..., expert_ids: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., token_rows: _Optional[bytes] = ..., weights: _Optional[bytes] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("call_id", "layer", "expert_ids", "offsets", "token_rows", "weights", "reply_dtype", "shares", "hidden")
+    __slots__ = ("call_id", "layer", "expert_ids", "offsets", "token_rows", "weights", "reply_dtype", "shares", "reply_place", "hidden")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +70,7 @@ class ForwardRequest(_message.Message):
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     REPLY_DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHARES_FIELD_NUMBER: _ClassVar[int]
+    REPLY_PLACE_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     layer: int
@@ -69,8 +80,9 @@ class ForwardRequest(_message.Message):
     weights: bytes
     reply_dtype: DType
     shares: _containers.RepeatedCompositeFieldContainer[NodeShare]
+    reply_place: SharedMemory
     hidden: Tensor
-    def __init__(self, call_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert_ids: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., token_rows: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., reply_dtype: _Optional[_Union[DType, str]] = ..., shares: _Optional[_Iterable[_Union[NodeShare, _Mapping]]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, call_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert_ids: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., token_rows: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., reply_dtype: _Optional[_Union[DType, str]] = ..., shares: _Optional[_Iterable[_Union[NodeShare, _Mapping]]] = ..., reply_place: _Optional[_Union[SharedMemory, _Mapping]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("code", "message")

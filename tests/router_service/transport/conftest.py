@@ -7,7 +7,7 @@ import torch
 
 from experts.errors import ExpertNotResident, MeshError
 from experts.spec import ExpertCall
-from experts.wire.codec import decode_call, encode_failure, encode_partial
+from experts.wire.codec import BadCall, decode_call, encode_failure, encode_partial
 from router_service.placement import GroupReplica
 
 
@@ -32,12 +32,16 @@ class Doubler:
 
 
 class Served:
-    """A group behind `ExpertService.Stream`, as plainly as grpc allows."""
+    """A group behind `ExpertService.Stream`, as plainly as grpc allows: it takes no shared memory."""
 
     def __init__(self, group, port=0):
         def stream(messages, _context):
             for message in messages:
-                wire = decode_call(message)
+                try:
+                    wire = decode_call(message)
+                except BadCall as error:
+                    yield encode_failure(error.call_id, error)
+                    continue
                 try:
                     yield encode_partial(wire.call_id, group.forward(wire.call))
                 except (MeshError, RuntimeError) as error:
