@@ -31,7 +31,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 # No newline at the end: a line break and the next line's indent are one token.
 PROMPTS = ("def read_lines(path):", "class Queue:")
 CHAT = [{"role": "user", "content": "Write a Python function `flatten`: Flatten a nested list."}]
-LONG_CONTEXT_SHARE = 0.1  # the last tenth of the run sees whole contexts, the rest quarters of them
+# Steps between those that see whole contexts; the others see quarters, which cost half as much a token. From the
+# first step on: positions that only the end of the schedule sees are never learned.
+LONG_EVERY = 3
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -102,18 +104,14 @@ def encode(corpus: Corpus, tokenizer: Any, rng: random.Random) -> Tensor:
     return torch.tensor([i for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in ids])
 
 
-def windows(stream: Tensor, tokens: int, generator: torch.Generator) -> Iterator[Any]:
-    """Endless shuffled epochs; `send(context)` gives a batch [tokens // context, context + 1]."""
-    context = yield
+def windows(stream: Tensor, tokens: int, context: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Batches [tokens // context, context + 1] of endless shuffled epochs."""
     while True:
         offset = int(torch.randint(context, (1,), generator=generator))
         starts = torch.arange(offset, len(stream) - context - 1, context)
         starts = starts[torch.randperm(len(starts), generator=generator)]
-        epoch_context = context
         for batch in starts.split(max(1, tokens // context)):
-            context = yield stream[batch[:, None] + torch.arange(context + 1)]
-            if context != epoch_context:
-                break
+            yield stream[batch[:, None] + torch.arange(context + 1)]
 
 
 @torch.no_grad()
@@ -144,8 +142,9 @@ def train(arguments: argparse.Namespace, model: Any, tokenizer: Any, corpus: Cor
         flush=True,
     )
     optimiser = Optimiser(model.named_parameters())
-    batches = windows(stream, arguments.batch_tokens, torch.Generator().manual_seed(arguments.seed))
-    next(batches)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    short = windows(stream, arguments.batch_tokens, arguments.context // 4, generator)
+    long = windows(stream, arguments.batch_tokens, arguments.context, generator)
     reserve = 0.06 * arguments.minutes * 60  # for the evaluation and the samples at the end
     bound = arguments.minutes * 60 - reserve
     training_started = saved = reported = time.monotonic()
@@ -158,8 +157,7 @@ def train(arguments: argparse.Namespace, model: Any, tokenizer: Any, corpus: Cor
             if done >= 1:
                 break
             scale = min(1.0, (step + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-            context = arguments.context if done > 1 - LONG_CONTEXT_SHARE else arguments.context // 4
-            batch = batches.send(context)
+            batch = next(long if step % LONG_EVERY == 0 else short)
             logits = model(input_ids=batch[:, :-1], use_cache=False).logits
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
             loss.backward()
