@@ -12,7 +12,9 @@ app.command("experts", help="This CPU's experts beside transformers' own.")(expe
 app.command("dispatch", help="Dispatch and combine beside a bare gRPC echo.")(dispatch.command)
 app.command("overlap", help="A step as one batch beside the same as two micro-batches.")(overlap.command)
 app.command("bytes", help="What a token costs on the network, counted on interfaces.")(node_bytes.command)
-app.command("quality", help="What quantised experts cost in bits per byte of held-out text.")(quality.command)
+app.command("quality", help="What quantised experts and node limits cost in bits per byte of held-out text.")(
+    quality.command
+)
 app.command("autoscale", help="Replicas that follow a load up and down, every answer checked.")(autoscale.command)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cluster.bench import quality
 from cluster.bench.emulated_backend import EmulatedBackend
 from cluster.bench.held_out import held_out_texts
-from cluster.serving.tokenizer import load_tokenizer
 from experts.ops.backend import ExpertBackend
 from experts.quant.int8 import Int8
 from experts.quant.scheme import QuantisedWeight
@@ -24,7 +23,7 @@ from experts.spec import ExpertSpec
 MODEL = Path(__file__).parents[3] / "deploy" / "demo-model"
 
 
-def test_every_scheme_is_near_float32(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_scheme_and_every_node_limit(capsys: pytest.CaptureFixture[str]) -> None:
     quality.command(as_json=True, model=MODEL, tokens=40, threads=1)
     printed = capsys.readouterr()
     result = json.loads(printed.out)
@@ -44,10 +43,26 @@ def test_every_scheme_is_near_float32(capsys: pytest.CaptureFixture[str]) -> Non
     assert 1e-4 < rows["gpu", "none"]["relative_error"] < rows["gpu", "fp8"]["relative_error"]
     assert rows["gpu", "int8"]["relative_error"] < rows["gpu", "int4"]["relative_error"] < 0.1
 
+    # The demo model's gate: 4 of 16 experts, out of 2 of 4 gate groups.
+    limits = {(row["nodes"], row["max_nodes_per_token"]): row for row in result["node_limits"]}
+    assert list(limits) == [(4, None), (4, 3), (4, 2), (4, 1), (8, None), (8, 3), (8, 2)]
+    for (nodes, limit), row in limits.items():
+        assert f"{nodes} nodes, {limit or 'all'} for a token: text 1 of 1" in printed.err
+        assert 1 <= row["nodes_per_token"] <= (limit or nodes)
+    # A gate group a node: the gate's own limit is 2.
+    for limit in (None, 3, 2):
+        assert limits[4, limit]["nodes_per_token"] <= 2
+        assert limits[4, limit]["relative_error"] < 1e-5
+    assert limits[8, None]["relative_error"] < 1e-5
+    for lossy in (limits[4, 1], limits[8, 3], limits[8, 2]):
+        assert lossy["relative_error"] > 1e-3
+    assert limits[4, 1]["relative_error"] > limits[8, 3]["relative_error"]
+
 
 @torch.inference_mode()
 def test_bits_per_byte_are_transformers_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "backends", lambda spec, threads: {})
+    monkeypatch.setattr(quality, "node_limits", lambda layout, gates: [])
     summary = quality.run(model=MODEL, tokens=64, threads=1)["summary"]
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
@@ -71,11 +86,14 @@ def test_a_broken_scheme_shows(monkeypatch: pytest.MonkeyPatch) -> None:
         return {("gpu", "int8"): EmulatedBackend(spec, Broken(), dtype=torch.bfloat16)}
 
     monkeypatch.setattr(quality, "backends", broken)
+    monkeypatch.setattr(quality, "node_limits", lambda layout, gates: [])
     (row,) = quality.run(model=MODEL, tokens=40, threads=1)["rows"]
     assert row["relative_error"] > 0.1
     assert row["shift"] > 0.1
 
 
-def test_excerpts_cover_as_many_tokens_as_asked() -> None:
-    excerpts = quality.excerpts_of(load_tokenizer(MODEL), tokens=250, context=100)
-    assert [len(excerpt.ids_T) - 1 for excerpt in excerpts] == [100, 100, 50]
+def test_a_model_whose_gate_stays_in_it_has_no_node_limits(
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    monkeypatch.setattr(quality, "backends", lambda spec, threads: {})
+    assert quality.run(model=tiny_checkpoint("olmoe"), tokens=20, threads=1)["node_limits"] == []
