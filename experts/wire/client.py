@@ -3,13 +3,14 @@
 A stream beats unary calls by half at any size that we send: no new HTTP/2 stream, no scheduling of a handler. The
 thread that waits for a reply reads the stream itself, so that no thread has to wake another; when several wait, one
 reads for all. A call with a time limit goes as an RPC of its own, so that gRPC carries its deadline and its
-cancellation to the group. What is large stays in shared memory where the peer is on this machine; the first such
-call finds out whether it is.
+cancellation to the group. What is large stays in shared memory where the peer has an address of this machine; the
+first such call finds out whether it sees the same /dev/shm.
 """
 
 from __future__ import annotations
 
 import itertools
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -81,7 +82,7 @@ class _Connection:
         self._deadlines: dict[int, float] = {}
         self._segments = SegmentPool()
         self._lent: dict[int, Segment] = {}
-        self._same_machine = True
+        self._same_machine = _is_own(address)
         self._error: CallFailed | None = None
 
     @property
@@ -223,6 +224,18 @@ class _UnaryReply:
 
     def cancel(self) -> None:
         self._future.cancel()
+
+
+def _is_own(address: str) -> bool:
+    """Whether `address` (host:port) is one of this machine's, as far as this process's network shows."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        family, kind, protocol, _, found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(found)
+    except OSError:
+        return False
+    return True
 
 
 def _partial(reply: WireReply) -> torch.Tensor:

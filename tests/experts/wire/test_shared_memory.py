@@ -121,6 +121,14 @@ def test_a_group_elsewhere_gets_the_data_itself(
     experts.close()
 
 
+@pytest.mark.parametrize(
+    ("address", "own"),
+    [("127.0.0.1:1", True), ("localhost:1", True), ("192.0.2.1:1", False), ("no-such-host.invalid:1", False)],
+)
+def test_only_own_addresses_are_tried(address: str, own: bool) -> None:
+    assert client._is_own(address) is own
+
+
 def test_a_full_machine_sends_the_data(
     loaded_group: ExpertGroup, server: ExpertServer, sent: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
