@@ -52,15 +52,28 @@ def test_tokens_equal_generate(
     assert float(combined.split()[-1]) >= 70, "7 prompts, 10 tokens each: a batch of each layer and step"
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("groups", "transport", "overlap"),
+    [
+        (1, "grpc", False),
+        (2, "grpc", False),
+        (4, "grpc", False),
+        (4, "grpc", True),
+        (1, "in_process", False),
+        (2, "in_process", False),
+        (4, "in_process", False),
+    ],
+)
 def test_sixteen_at_once_give_what_each_gives_alone(
+    groups: int,
+    transport: str,
     overlap: bool,
     tiny_checkpoint: Callable[[str], Path],
     serve_here: Callable[[dict[str, Any]], str],
     check_together: Callable[[str, str, Path], None],
 ) -> None:
     checkpoint = tiny_checkpoint("deepseek_v3")
-    document = _document(checkpoint, 4, "grpc")
+    document = _document(checkpoint, groups, transport)
     document["engine"] |= {
         "enable_dbo": overlap,
         "dbo_decode_token_threshold": 2,
