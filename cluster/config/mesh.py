@@ -91,7 +91,7 @@ class EngineConfig(_Section):
         "processors; `expertmesh bench overlap` measures both",
     )
     dbo_decode_token_threshold: Annotated[int, Field(ge=2)] = Field(
-        32, description="Fewest tokens of a step that is overlapped, where all sequences decode"
+        128, description="Fewest tokens of a step that is overlapped, where all sequences decode"
     )
     dbo_prefill_token_threshold: Annotated[int, Field(ge=2)] = Field(
         512, description="The same where prompts are in the step"
