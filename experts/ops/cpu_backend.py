@@ -30,6 +30,8 @@ _READ_ROWS = 12
 _MOST_ROWS = 160
 # Rows of one expert below which its task is not split.
 _LEAST_ROWS = 64
+# Work that reads so many bytes is done before another thread is awake.
+_ALONE_BYTES = 16 << 20
 
 
 class _Task(NamedTuple):
@@ -115,7 +117,8 @@ class CpuBackend:
     def _tasks(self, slots: list[int], offsets: list[int]) -> list[_Task]:
         """Work in pieces of like size: two for each thread, or more where there is much."""
         total = _READ_ROWS * len(slots) + offsets[-1]
-        enough = min(_MOST_ROWS, total / (2 * self._num_threads)) if self._num_threads > 1 else _MOST_ROWS
+        alone = self._num_threads == 1 or not slots or total / _READ_ROWS * self.nbytes(slots[0]) < _ALONE_BYTES
+        enough = _MOST_ROWS if alone else min(_MOST_ROWS, total / (2 * self._num_threads))
         tasks: list[_Task] = []
         size = enough
         for slot, start, end in zip(slots, offsets, offsets[1:], strict=False):
