@@ -12,12 +12,12 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.bench.checkpoints import MAX_MODEL_LEN, preset_checkpoint
-from cluster.bench.processes import child_process, log_tail
+from cluster.bench.processes import announcing_processes
 from cluster.serving.attention_batch import Chunk
 from cluster.serving.kv_cache import KVCache
 from cluster.serving.micro_batch import Step
@@ -35,14 +35,13 @@ from cluster.serving.model_runner import ModelRunner, OverlapThresholds, StepOut
 from cluster.serving.request import SamplingParams
 from cluster.serving.sequence import RunningSequence
 from cluster.serving.skeleton import ModelSkeleton, load_skeleton
-from experts.errors import ConfigError, MeshError
+from experts.errors import ConfigError
 from experts.weights.checkpoint import Checkpoint
 from experts.weights.layout import describe_experts
 from router_service.placement import GroupReplica, PlacementTable, balanced
 from router_service.router import Router
 from router_service.transport.grpc_stream import GrpcTransport
 
-_START_TIMEOUT_S = 120.0
 _PROMPT_TOKENS = 128
 _ALWAYS = OverlapThresholds(decode_tokens=2, prefill_tokens=2)
 
@@ -217,20 +216,13 @@ def _connected_skeleton(bench: OverlapBench, directory: Path, experts: str) -> I
 @contextmanager
 def _peers(directory: Path, count: int, pace: Sequence[str]) -> Iterator[list[str]]:
     """Addresses of the groups."""
-    with tempfile.TemporaryDirectory(prefix="expertmesh-bench-") as workdir, ExitStack() as stack:
-        started = []
-        for group in range(count):
-            address, log = Path(workdir, f"{group}.address"), Path(workdir, f"{group}.log")
-            argv = (sys.executable, "-m", "cluster.bench.overlap_peer", str(directory), str(group), str(count))
-            process = stack.enter_context(child_process((*argv, str(address), *pace), env=os.environ, log=log))
-            started.append((process, address, log))
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        for process, address, log in started:
-            while not address.exists():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise MeshError(f"an expert group of the benchmark did not start:\n{log_tail(log)}")
-                time.sleep(0.02)
-        yield [address.read_text() for _, address, _ in started]
+
+    def command(group: int, file: Path) -> Sequence[str]:
+        numbers = (str(group), str(count))
+        return (sys.executable, "-m", "cluster.bench.overlap_peer", str(directory), *numbers, str(file), *pace)
+
+    with announcing_processes([partial(command, group) for group in range(count)]) as addresses:
+        yield addresses
 
 
 def command(

@@ -6,12 +6,16 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+from experts.errors import MeshError
 
 STOP_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 5.0
+START_TIMEOUT_S = 120.0
 
 
 def descendants(pid: int) -> list[tuple[int, str]]:
@@ -111,3 +115,23 @@ def child_process(
 def log_tail(log: Path, lines: int = 15) -> str:
     """The end of a child's log, for an error message."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+@contextlib.contextmanager
+def announcing_processes(commands: Sequence[Callable[[Path], Sequence[str]]]) -> Iterator[list[str]]:
+    """Start a process for each command, which is told the file to announce itself in; what each wrote, once all have.
+
+    Raises MeshError with the end of its output where one does not start.
+    """
+    with tempfile.TemporaryDirectory(prefix="expertmesh-bench-") as directory, contextlib.ExitStack() as stack:
+        started = []
+        for index, command in enumerate(commands):
+            file, log = Path(directory, f"{index}.address"), Path(directory, f"{index}.log")
+            started.append((stack.enter_context(child_process(command(file), env=os.environ, log=log)), file, log))
+        deadline = time.monotonic() + START_TIMEOUT_S
+        for process, file, log in started:
+            while not file.exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise MeshError(f"a process of the benchmark did not start:\n{log_tail(log)}")
+                time.sleep(0.02)
+        yield [file.read_text() for _, file, _ in started]
