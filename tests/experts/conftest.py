@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import transformers
 
 from experts.group import ExpertGroup
 from experts.ops.cpu_backend import CpuBackend
+from experts.server import ExpertServer
 from experts.spec import ExpertKey
 from experts.weights.checkpoint import Checkpoint
 from experts.weights.layout import describe_experts
@@ -81,3 +82,12 @@ def loaded_group(tiny_checkpoint: Callable[..., TinyCheckpoint]) -> ExpertGroup:
     group = ExpertGroup(2, layout.spec, CpuBackend(layout.spec))
     group.assign(layout, checkpoint, [ExpertKey(layer, expert) for layer in (0, 1) for expert in range(6)])
     return group
+
+
+@pytest.fixture
+def server(loaded_group: ExpertGroup) -> Iterator[ExpertServer]:
+    """`loaded_group` behind a socket."""
+    server = ExpertServer(loaded_group)
+    server.start()
+    yield server
+    server.stop()

@@ -23,14 +23,6 @@ HIDDEN = 32
 
 
 @pytest.fixture
-def server(loaded_group: ExpertGroup) -> Iterator[ExpertServer]:
-    server = ExpertServer(loaded_group)
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
 def channel(server: ExpertServer) -> Iterator[grpc.Channel]:
     options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     with grpc.insecure_channel(server.address, options) as channel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,14 +19,6 @@ from experts.wire.shared_memory import MappedSegments, Segment, SegmentPool
 
 HIDDEN = 32
 LARGE = 4000
-
-
-@pytest.fixture
-def server(loaded_group: ExpertGroup) -> Iterator[ExpertServer]:
-    server = ExpertServer(loaded_group)
-    server.start()
-    yield server
-    server.stop()
 
 
 @pytest.fixture
