@@ -24,8 +24,8 @@ from cluster.serving.skeleton import load_skeleton
 from cluster.serving.tokenizer import load_tokenizer
 from experts.group import ExpertGroup
 from experts.ops.backend import ExpertBackend
-from experts.ops.cpu_backend import FORMATS, CpuBackend
-from experts.ops.cpu_float16 import Float16Linear
+from experts.ops.cpu_backend import CpuBackend
+from experts.ops.cpu_format import FORMATS, has_fp16
 from experts.quant.schemes import build_scheme
 from experts.quant.unquantised import Unquantised
 from experts.spec import ExpertKey, ExpertSpec
@@ -94,7 +94,7 @@ def run(
 
 def backends(spec: ExpertSpec, threads: int) -> Mapping[tuple[str, str], ExpertBackend]:
     """(device, scheme) -> empty backend; without those that this CPU does not have."""
-    cpu = [scheme for scheme in FORMATS if scheme != "fp16" or Float16Linear.is_supported()]
+    cpu = [scheme for scheme in FORMATS if scheme != "fp16" or has_fp16()]
     made: dict[tuple[str, str], ExpertBackend] = {}
     for scheme in cpu:
         made["cpu", scheme] = CpuBackend(spec, quantization=scheme, num_threads=threads)

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 from experts.errors import ConfigError
 from experts.ops.activations import activate
-from experts.ops.cpu_float16 import Float16Linear, lossless_linear
-from experts.ops.cpu_format import CpuFormat, FloatFormat, PackedMatrix
-from experts.ops.cpu_int8 import Int8Format
+from experts.ops.cpu_format import FORMATS, has_fp16
 from experts.ops.cpu_threads import ThreadTeam
+from experts.ops.packed_matmul import PackedMatrix, packed_matmul
 from experts.ops.unpermute import unpermute
 from experts.quant.fp8_block import Fp8Block
 from experts.quant.scheme import QuantisedWeight
 from experts.spec import ExpertSpec, ExpertWeights
-
-FORMATS: Mapping[str, Callable[[], CpuFormat]] = {
-    "none": lambda: FloatFormat(lossless_linear),
-    "fp16": lambda: FloatFormat(Float16Linear),
-    "int8": Int8Format,
-}
 
 # Reading an expert's matrices takes as long as multiplying so many rows with them, in any format.
 _READ_ROWS = 12
@@ -34,7 +26,8 @@ _LEAST_ROWS = 64
 _ALONE_BYTES = 16 << 20
 
 
-class _Task(NamedTuple):
+@dataclass(slots=True)
+class _Task:
     """Neighbouring experts, and the routed rows `first:last` that are theirs."""
 
     first: int
@@ -60,12 +53,10 @@ class CpuBackend:
             raise ConfigError(
                 f"model.quantization: {quantization!r} needs a GPU; on CPU use one of {', '.join(FORMATS)}"
             )
-        if quantization == "fp16" and not Float16Linear.is_supported():
-            raise ConfigError("model.quantization: fp16 on CPU needs x86 with AVX2; use none or int8")
-        if quantization == "int8" and not Int8Format.is_supported():
-            raise ConfigError("model.quantization: int8 on CPU needs a torch with oneDNN; use none or fp16")
+        if quantization == "fp16" and not has_fp16():
+            raise ConfigError("model.quantization: fp16 on this CPU needs AVX2; use none or int8")
         self._spec = spec
-        self._format: CpuFormat = FORMATS[quantization]()
+        self._pack = FORMATS[quantization]
         self._num_threads = num_threads
         self._team = ThreadTeam(num_threads)
         self._slots: dict[int, tuple[PackedMatrix, PackedMatrix]] = {}
@@ -74,7 +65,7 @@ class CpuBackend:
         """Pack one expert; float8 weights with block scales are widened first."""
         up = _widen(weights.up_2IH, weights.up_scale)
         down = _widen(weights.down_HI, weights.down_scale)
-        self._slots[slot] = (self._format.pack(up, weights.up_bias_2I), self._format.pack(down, weights.down_bias_H))
+        self._slots[slot] = (self._pack(up, weights.up_bias_2I), self._pack(down, weights.down_bias_H))
 
     def free(self, slot: int) -> None:
         """Forget `slot`."""
@@ -101,41 +92,43 @@ class CpuBackend:
         """See ExpertBackend.forward."""
         spec = self._spec
         hidden_TH = hidden_TH.float()
-        out_RH = torch.empty(len(token_rows_R), spec.hidden_size)
+        if not len(token_rows_R):
+            return torch.zeros(len(hidden_TH), spec.hidden_size)
         tasks = self._tasks(slots_S.tolist(), offsets_S1.tolist())
+        out_RH = tasks[0].downs[0].new_result(len(token_rows_R))
 
         def run(index: int) -> None:
-            first, last, counts, ups, downs = tasks[index]
-            with torch.inference_mode():  # a mode is its thread's own, and out_RH may have been made in it
-                rows = hidden_TH.index_select(0, token_rows_R[first:last])
-                inner = activate(self._format.multiply(ups, rows, counts), spec)
-                out_RH[first:last] = self._format.multiply(downs, inner, counts)
+            task = tasks[index]
+            rows = hidden_TH.index_select(0, token_rows_R[task.first : task.last])
+            inner = activate(packed_matmul(task.ups, rows, task.counts), spec)
+            packed_matmul(task.downs, inner, task.counts, out_RH[task.first : task.last])
 
         self._team.run(run, len(tasks))
         return unpermute(out_RH, token_rows_R, weights_R, len(hidden_TH))
 
     def _tasks(self, slots: list[int], offsets: list[int]) -> list[_Task]:
-        """Work in pieces of like size: two for each thread, or more where there is much."""
+        """Work in pieces of like size: two for each thread, or more where there is much; one where there is little."""
         total = _READ_ROWS * len(slots) + offsets[-1]
-        alone = self._num_threads == 1 or not slots or total / _READ_ROWS * self.nbytes(slots[0]) < _ALONE_BYTES
+        alone = self._num_threads == 1 or total / _READ_ROWS * self.nbytes(slots[0]) < _ALONE_BYTES
         enough = _MOST_ROWS if alone else min(_MOST_ROWS, total / (2 * self._num_threads))
+        most = max(_LEAST_ROWS, int(enough))
         tasks: list[_Task] = []
         size = enough
         for slot, start, end in zip(slots, offsets, offsets[1:], strict=False):
             up, down = self._slots[slot]
-            pieces = -(-(end - start) // max(_LEAST_ROWS, int(enough)))
+            rows = end - start
+            pieces = -(-rows // most)
             for piece in range(pieces):
-                first = start + (end - start) * piece // pieces
-                last = start + (end - start) * (piece + 1) // pieces
+                first, last = start + rows * piece // pieces, start + rows * (piece + 1) // pieces
                 cost = _READ_ROWS + last - first
-                if size + cost / 2 > enough:
+                if size + cost / 2 > enough or up.panels.dtype is not tasks[-1].ups[0].panels.dtype:
                     tasks.append(_Task(first, last, [], [], []))
                     size = 0
-                task = tasks[-1]._replace(last=last)
+                task = tasks[-1]
+                task.last = last
                 task.counts.append(last - first)
                 task.ups.append(up)
                 task.downs.append(down)
-                tasks[-1] = task
                 size += cost
         return tasks
 

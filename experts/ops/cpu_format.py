@@ -1,51 +1,55 @@
-"""What a CPU backend asks of a format for experts' matrices."""
+"""How an expert's matrices are held on CPU: the names of `model.quantization` that need no GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+import platform
+from collections.abc import Callable, Mapping
 
 import torch
 
+from experts.errors import ConfigError
+from experts.ops.packed_matmul import PackedMatrix, pack_matrix
 
-class PackedMatrix(Protocol):
-    """One matrix [O, I] and its bias in a format of its own; the plain weight is not kept."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the weight takes, and that a multiplication reads."""
-        ...
+_INT8_STEPS = 127
 
 
-class CpuFormat(Protocol):
-    """Packs matrices, and multiplies rows with several of them."""
-
-    def pack(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> PackedMatrix:
-        """The matrix in this format. Raises ConfigError where the format cannot hold it."""
-        ...
-
-    def multiply(self, matrices: Sequence[Any], rows_RI: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """`rows @ weight.T + bias`: the first `counts[0]` rows with the first matrix, and so on. float32 [R, O].
-
-        A row's result does not depend on the other rows.
-        """
-        ...
+def as_stored(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> PackedMatrix:
+    """In the checkpoint's own dtype: nothing is lost. What no CPU multiplies (float8) in float32."""
+    if weight_OI.dtype not in (torch.bfloat16, torch.float16) or (weight_OI.dtype is torch.float16 and not has_fp16()):
+        weight_OI = weight_OI.float()
+    return pack_matrix(weight_OI, bias_O)
 
 
-class FloatFormat:
-    """A CpuFormat of matrices that can be called with float32 rows."""
+def as_fp16(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> PackedMatrix:
+    """In float16: rounds a float32 weight by 2e-4 (root mean square), 3.6e-4 of an expert's output.
 
-    def __init__(self, pack: Callable[[torch.Tensor, torch.Tensor | None], PackedMatrix]) -> None:
-        self.pack = pack
+    Raises ConfigError for weights beyond float16's range.
+    """
+    largest = weight_OI.float().abs().amax().item()
+    if largest > torch.finfo(torch.float16).max:
+        raise ConfigError(
+            f"model.quantization: fp16 ends at 65504, but a weight of this checkpoint is {largest:g}; use none"
+        )
+    return pack_matrix(weight_OI.half(), bias_O)
 
-    def multiply(
-        self,
-        matrices: Sequence[Callable[[torch.Tensor], torch.Tensor]],
-        rows_RI: torch.Tensor,
-        counts: Sequence[int],
-    ) -> torch.Tensor:
-        """See CpuFormat.multiply."""
-        if len(matrices) == 1:
-            return matrices[0](rows_RI)
-        parts = torch.split_with_sizes(rows_RI, list(counts))
-        return torch.cat([matrix(part) for matrix, part in zip(matrices, parts, strict=True)])
+
+def as_int8(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> PackedMatrix:
+    """In int8 with one scale for each output: a weight moves by at most 1/254 of its output's largest.
+
+    Rows stay in float32. For normally distributed weights that is a relative error of about 1 % of an expert's output.
+    """
+    weight = weight_OI.float()
+    scale_O = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / _INT8_STEPS
+    return pack_matrix((weight / scale_O[:, None]).round().to(torch.int8), bias_O, scale_O=scale_O)
+
+
+def has_fp16() -> bool:
+    """Whether this CPU widens float16 by itself: every ARM of 64 bits, and x86 since AVX2."""
+    return "x86" not in platform.machine().lower() or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+
+
+FORMATS: Mapping[str, Callable[[torch.Tensor, torch.Tensor | None], PackedMatrix]] = {
+    "none": as_stored,
+    "fp16": as_fp16,
+    "int8": as_int8,
+}

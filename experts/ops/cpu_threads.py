@@ -30,8 +30,12 @@ class ThreadTeam:
     def run(self, task: Callable[[int], None], num_tasks: int) -> None:
         """Call `task(i)` once for every i below `num_tasks`, in no order; raises what a task raised.
 
-        torch runs each task in the thread that took it, and gets its own number of threads back at the end.
+        torch runs each task in the thread that took it, and gets its own number of threads back at the end. Helpers
+        are in inference mode, the caller in its own; one task alone is a plain call.
         """
+        if num_tasks == 1:
+            task(0)
+            return
         job = _Job(task, num_tasks)
         num_threads = torch.get_num_threads()
         if num_threads == 1:
@@ -96,10 +100,11 @@ class _Job:
 
 def _help(jobs: SimpleQueue[_Job | None]) -> None:
     torch.set_num_threads(1)
-    while (job := jobs.get()) is not None:
-        job.help()
-        # Waiting for the next job must not keep this one's tensors alive.
-        del job
+    with torch.inference_mode():
+        while (job := jobs.get()) is not None:
+            job.help()
+            # Waiting for the next job must not keep this one's tensors alive.
+            del job
 
 
 def _dismiss(jobs: SimpleQueue[_Job | None], num_helpers: int) -> None:

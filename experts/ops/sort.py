@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -23,19 +24,19 @@ class SortedRows(NamedTuple):
 
 
 def sort_by_expert(expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> SortedRows:
-    """Sort the (token, expert) pairs of a gate's output by expert; pairs with expert -1 are left out."""
-    experts_per_token = expert_ids_TK.shape[1]
-    ids_R = expert_ids_TK.reshape(-1)
-    ids_R, order_R = torch.sort(ids_R, stable=True)
-    weights_R = weights_TK.reshape(-1).float()
-    skipped = int((ids_R < 0).sum())
+    """Sort the (token, expert) pairs of a gate's output by expert; pairs with expert -1 are left out. On CPU."""
+    # numpy's calls are several times shorter than torch's, and a single token's sort is nothing but calls.
+    ids_R = expert_ids_TK.numpy().reshape(-1)
+    order_R = np.argsort(ids_R, kind="stable")
+    ids_R = ids_R[order_R]
+    skipped = int(np.searchsorted(ids_R, 0))
     ids_R, order_R = ids_R[skipped:], order_R[skipped:]
-    expert_ids_S, counts_S = torch.unique_consecutive(ids_R, return_counts=True)
-    offsets_S1 = torch.zeros(len(counts_S) + 1, dtype=torch.int32, device=ids_R.device)
-    offsets_S1[1:] = counts_S.cumsum(0)
+    is_first_R = np.ones(len(ids_R), dtype=bool)
+    np.not_equal(ids_R[1:], ids_R[:-1], out=is_first_R[1:])
+    starts_S = np.flatnonzero(is_first_R)
     return SortedRows(
-        expert_ids_S=expert_ids_S.int(),
-        offsets_S1=offsets_S1,
-        token_rows_R=(order_R // experts_per_token).int(),
-        weights_R=weights_R[order_R],
+        expert_ids_S=torch.from_numpy(ids_R[starts_S].astype(np.int32)),
+        offsets_S1=torch.from_numpy(np.append(starts_S, len(ids_R)).astype(np.int32)),
+        token_rows_R=torch.from_numpy((order_R // expert_ids_TK.shape[1]).astype(np.int32)),
+        weights_R=torch.from_numpy(weights_TK.numpy().reshape(-1)[order_R].astype(np.float32, copy=False)),
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
-from torch.nn import functional as F
 
 
 def unpermute(
@@ -11,13 +13,13 @@ def unpermute(
 ) -> torch.Tensor:
     """Weighted sum of each token's rows, float32 [T, H], added in ascending row order; 0 without rows.
 
-    out_RH: float32 on CPU.
+    out_RH: float32 on CPU, a row's values beside each other
     """
-    if not len(token_rows_R):
-        return out_RH.new_zeros(num_tokens, out_RH.shape[1])
-    token_rows_R, order_R = torch.sort(token_rows_R, stable=True)
-    starts_T = torch.searchsorted(token_rows_R, torch.arange(num_tokens, dtype=token_rows_R.dtype))
-    return F.embedding_bag(order_R, out_RH, starts_T, mode="sum", per_sample_weights=weights_R.float()[order_R])
+    partial_TH = torch.zeros(num_tokens, out_RH.shape[1])
+    # Rows may be further apart than they are long.
+    padded_RP = out_RH.as_strided((len(out_RH), out_RH.stride(0)), out_RH.stride())
+    _compiled()(padded_RP.numpy(), token_rows_R.numpy(), weights_R.float().numpy(), partial_TH.numpy())
+    return partial_TH
 
 
 def unpermute_reference(
@@ -26,3 +28,11 @@ def unpermute_reference(
     """`unpermute` as its definition, on any device and in `out_RH`'s dtype."""
     partial_TH = out_RH.new_zeros(num_tokens, out_RH.shape[1])
     return partial_TH.index_add_(0, token_rows_R.long(), out_RH * weights_R[:, None].to(out_RH.dtype))
+
+
+@cache
+def _compiled() -> Callable[..., None]:
+    # Loads LLVM, which a process without experts on CPU does not need.
+    from experts.ops._numba.unpermute import compile_unpermute
+
+    return compile_unpermute()

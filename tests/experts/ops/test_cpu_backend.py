@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.errors import ConfigError
-from experts.ops.cpu_backend import FORMATS, CpuBackend
+from experts.ops.cpu_backend import CpuBackend
+from experts.ops.cpu_format import FORMATS
 from experts.ops.expert_mlp import expert_mlp_reference
 from experts.ops.sort import SortedRows, sort_by_expert
 from experts.spec import ExpertSpec, ExpertWeights
 
 NUM_EXPERTS = 5
-TOLERANCE = {"none": 1e-6, "fp16": 1e-3, "int8": 3e-2}
+TOLERANCE = {"none": 1e-6, "fp16": 1e-3, "int8": 2e-2}
 
 
 def random_weights(spec: ExpertSpec, generator: torch.Generator) -> ExpertWeights:
@@ -169,17 +170,26 @@ def test_half_precision_checkpoints_lose_nothing_in_half_the_memory(dtype: torch
     assert (backend.forward(hidden_TH, *rows) - expected).norm() / expected.norm() < 1e-6
 
 
-def test_bfloat16_weights_out_of_float16s_range_stay_float32() -> None:
+def test_fp16_refuses_weights_out_of_its_range() -> None:
     spec = ExpertSpec(hidden_size=64, intermediate_size=32)
-    tiny = ExpertWeights(up_2IH=torch.full((64, 64), 2.0**-20).bfloat16(), down_HI=torch.ones(64, 32).bfloat16())
-    tiny.up_2IH[3] *= 1.0078125
     huge = ExpertWeights(up_2IH=torch.full((64, 64), 1e6).bfloat16(), down_HI=torch.ones(64, 32).bfloat16())
-    backend = CpuBackend(spec)
-    for slot, weights in enumerate((tiny, huge)):
-        backend.load(slot, weights)
-        assert backend.nbytes(slot) == 64 * 64 * 4 + 64 * 32 * 2
     with pytest.raises(ConfigError, match="fp16 ends at 65504, but a weight of this checkpoint is 999424"):
         CpuBackend(spec, quantization="fp16").load(0, huge)
+
+
+def test_experts_of_different_dtypes_meet_in_one_call() -> None:
+    generator = torch.Generator().manual_seed(6)
+    spec = ExpertSpec(hidden_size=64, intermediate_size=32)
+    weights_E = [random_weights(spec, generator) for _ in range(NUM_EXPERTS)]
+    for index in (1, 2):
+        up, down = weights_E[index].up_2IH.bfloat16(), weights_E[index].down_HI.bfloat16()
+        weights_E[index] = ExpertWeights(up_2IH=up, down_HI=down)
+    backend = CpuBackend(spec)
+    for slot, weights in enumerate(weights_E):
+        backend.load(slot, weights)
+    hidden_TH, rows = torch.randn(9, 64, generator=generator), random_rows(9, NUM_EXPERTS, generator)
+    expected_TH = expert_mlp_reference(spec, weights_E, hidden_TH, *rows[1:])
+    torch.testing.assert_close(backend.forward(hidden_TH, *rows).double(), expected_TH, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_weights_and_rows_are_computed_in_float32() -> None:
