@@ -41,6 +41,8 @@ TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
 # batched_mm copies the weights of every routed row; where that takes more, it is not run.
 _MOST_GATHERED_BYTES = 2 << 30
 _NUM_INPUTS = 8
+# What `memory` reads in turn: more than any cache.
+_MEMORY_BYTES = 1 << 29
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,9 +233,8 @@ class _ShapeBench:
             left, right = torch.randn(side, side), torch.randn(side, side)
             return {"torch.mm": lambda _: torch.mm(left, right)}
         if num_tokens == 1:
-            weights = self._theirs.gate_up_proj.view(-1)
-            values = self._shape.top_k * self._backends["lossless"].nbytes(0) // weights.itemsize
-            pieces = itertools.cycle(weights[: len(weights) // values * values].view(-1, values))
+            values = self._shape.top_k * self._backends["lossless"].nbytes(0) // 4
+            pieces = itertools.cycle(torch.ones(_MEMORY_BYTES // 4 // values, values))
             return {"memory": lambda _: next(pieces).sum()}
         return {}
 

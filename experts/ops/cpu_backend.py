@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from experts.errors import ConfigError
-from experts.ops.activations import activate
 from experts.ops.cpu_format import FORMATS, has_fp16
 from experts.ops.cpu_threads import ThreadTeam
-from experts.ops.packed_matmul import PackedMatrix, packed_matmul
+from experts.ops.packed_matmul import PackedMatrix
 from experts.ops.unpermute import unpermute
 from experts.quant.fp8_block import Fp8Block
 from experts.quant.scheme import QuantisedWeight
@@ -26,15 +27,17 @@ _LEAST_ROWS = 64
 _ALONE_BYTES = 16 << 20
 
 
+# What `experts.ops._numba.expert_mlp` is compiled for besides the spec: formats of up and of down.
+Formats = tuple[str, str]
+
+
 @dataclass(slots=True)
 class _Task:
-    """Neighbouring experts, and the routed rows `first:last` that are theirs."""
+    """Neighbouring experts of the same formats: their slots, and where each one's rows start and the last one's end."""
 
-    first: int
-    last: int
-    counts: list[int]
-    ups: list[PackedMatrix]
-    downs: list[PackedMatrix]
+    formats: Formats
+    slots: list[int]
+    starts: list[int]
 
 
 class CpuBackend:
@@ -60,16 +63,31 @@ class CpuBackend:
         self._num_threads = num_threads
         self._team = ThreadTeam(num_threads)
         self._slots: dict[int, tuple[PackedMatrix, PackedMatrix]] = {}
+        self._formats: dict[int, Formats] = {}
+        self._addresses: dict[int, tuple[int, ...]] = {}
+        self._compiled: dict[Formats, Callable[..., None]] = {}
 
     def load(self, slot: int, weights: ExpertWeights) -> None:
         """Pack one expert; float8 weights with block scales are widened first."""
         up = _widen(weights.up_2IH, weights.up_scale)
         down = _widen(weights.down_HI, weights.down_scale)
-        self._slots[slot] = (self._pack(up, weights.up_bias_2I), self._pack(down, weights.down_bias_H))
+        # Loads LLVM, which a process without experts on CPU does not need.
+        from experts.ops._numba.expert_mlp import compile_expert_mlp
+
+        packed_up, packed_down = self._pack(up, weights.up_bias_2I), self._pack(down, weights.down_bias_H)
+        formats = packed_up.format, packed_down.format
+        if formats not in self._compiled:
+            spec = self._spec
+            self._compiled[formats] = compile_expert_mlp(
+                spec.activation, gated=spec.gated, biased=spec.bias, up_format=formats[0], down_format=formats[1]
+            )
+        self._slots[slot] = packed_up, packed_down
+        self._formats[slot] = formats
+        self._addresses[slot] = (*packed_up.addresses(), *packed_down.addresses())
 
     def free(self, slot: int) -> None:
         """Forget `slot`."""
-        del self._slots[slot]
+        del self._slots[slot], self._formats[slot], self._addresses[slot]
 
     def use_threads(self, num_threads: int) -> None:
         """Calls from now on use so many cores; one that runs goes on with those that it has."""
@@ -90,45 +108,55 @@ class CpuBackend:
         weights_R: torch.Tensor,
     ) -> torch.Tensor:
         """See ExpertBackend.forward."""
-        spec = self._spec
-        hidden_TH = hidden_TH.float()
         if not len(token_rows_R):
-            return torch.zeros(len(hidden_TH), spec.hidden_size)
+            return torch.zeros(len(hidden_TH), self._spec.hidden_size)
         tasks = self._tasks(slots_S.tolist(), offsets_S1.tolist())
-        out_RH = tasks[0].downs[0].new_result(len(token_rows_R))
+        spec, (up, down) = self._spec, self._slots[tasks[0].slots[0]]
+        limit = float("inf") if spec.limit is None else spec.limit
+        tokens, token_rows = hidden_TH.float().contiguous().numpy(), token_rows_R.numpy()
+        out_RP = np.empty((len(token_rows), down.num_columns), np.float32)
 
         def run(index: int) -> None:
             task = tasks[index]
-            rows = hidden_TH.index_select(0, token_rows_R[task.first : task.last])
-            inner = activate(packed_matmul(task.ups, rows, task.counts), spec)
-            packed_matmul(task.downs, inner, task.counts, out_RH[task.first : task.last])
+            num_rows = task.starts[-1] - task.starts[0]
+            self._compiled[task.formats](
+                np.array([self._addresses[slot] for slot in task.slots]).T.copy(),
+                np.array([len(up.panels), len(down.panels)]),
+                np.array(task.starts),
+                tokens,
+                token_rows,
+                limit,
+                spec.up_shift,
+                np.empty((num_rows, spec.hidden_size), np.float32),
+                np.empty((num_rows, up.num_columns), np.float32),
+                np.empty((num_rows, spec.intermediate_size), np.float32),
+                out_RP,
+            )
 
         self._team.run(run, len(tasks))
-        return unpermute(out_RH, token_rows_R, weights_R, len(hidden_TH))
+        return unpermute(torch.from_numpy(out_RP)[:, : spec.hidden_size], token_rows_R, weights_R, len(hidden_TH))
 
     def _tasks(self, slots: list[int], offsets: list[int]) -> list[_Task]:
         """Work in pieces of like size: two for each thread, or more where there is much; one where there is little."""
         total = _READ_ROWS * len(slots) + offsets[-1]
         alone = self._num_threads == 1 or total / _READ_ROWS * self.nbytes(slots[0]) < _ALONE_BYTES
         enough = _MOST_ROWS if alone else min(_MOST_ROWS, total / (2 * self._num_threads))
+        if total <= enough and len(self._compiled) == 1:
+            return [_Task(self._formats[slots[0]], slots, offsets)]
         most = max(_LEAST_ROWS, int(enough))
         tasks: list[_Task] = []
         size = enough
         for slot, start, end in zip(slots, offsets, offsets[1:], strict=False):
-            up, down = self._slots[slot]
             rows = end - start
             pieces = -(-rows // most)
             for piece in range(pieces):
                 first, last = start + rows * piece // pieces, start + rows * (piece + 1) // pieces
                 cost = _READ_ROWS + last - first
-                if size + cost / 2 > enough or up.panels.dtype is not tasks[-1].ups[0].panels.dtype:
-                    tasks.append(_Task(first, last, [], [], []))
+                if size + cost / 2 > enough or self._formats[slot] != tasks[-1].formats:
+                    tasks.append(_Task(self._formats[slot], [], [first]))
                     size = 0
-                task = tasks[-1]
-                task.last = last
-                task.counts.append(last - first)
-                task.ups.append(up)
-                task.downs.append(down)
+                tasks[-1].slots.append(slot)
+                tasks[-1].starts.append(last)
                 size += cost
         return tasks
 

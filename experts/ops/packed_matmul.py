@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
@@ -22,87 +19,80 @@ class PackedMatrix:
 
     panels:   [P, I, L]: a panel's L outputs lie beside each other, zeros after the last of O
     scale_PL: float32, what a step of an int8 weight is worth; None for other dtypes
-    bias_O:   float32
+    bias_PL:  float32
     """
 
     panels: torch.Tensor
     num_outputs: int
     scale_PL: torch.Tensor | None
-    bias_O: torch.Tensor | None
+    bias_PL: torch.Tensor | None
+
+    @property
+    def format(self) -> str:
+        """What compiled code calls the dtype."""
+        return HELD[self.panels.dtype]
+
+    @property
+    def num_columns(self) -> int:
+        """Of the result: O, and up to a whole panel."""
+        return self.panels.shape[0] * self.panels.shape[2]
 
     @property
     def nbytes(self) -> int:
         """Bytes that the weight takes, and that a product reads."""
         return self.panels.nbytes
 
-    def new_result(self, num_rows: int) -> torch.Tensor:
-        """A tensor, float32 [num_rows, O] of no particular values, that `packed_matmul` can write to."""
-        return torch.empty(num_rows, len(self.panels) * self.panels.shape[2])[:, : self.num_outputs]
+    def addresses(self) -> tuple[int, int, int]:
+        """Of panels, scales and biases, 0 where there are none."""
+        scale, bias = self.scale_PL, self.bias_PL
+        return self.panels.data_ptr(), 0 if scale is None else scale.data_ptr(), 0 if bias is None else bias.data_ptr()
 
 
 def pack_matrix(
     weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, *, scale_O: torch.Tensor | None = None
 ) -> PackedMatrix:
-    """`weight_OI`, in a dtype of HELD, laid out for `packed_matmul`, which is compiled for that dtype now."""
-    panel, _ = _compiled(weight_OI.dtype)
+    """`weight_OI`, in a dtype of HELD, laid out in panels for this CPU."""
+    # Loads LLVM, which a process without experts on CPU does not need.
+    from experts.ops._numba.packed_matmul import PANEL
+
     num_outputs, num_inputs = weight_OI.shape
-    padding = -num_outputs % panel
-    panels = F.pad(weight_OI, (0, 0, 0, padding)).view(-1, panel, num_inputs).transpose(1, 2).contiguous()
+    padding = -num_outputs % PANEL
     return PackedMatrix(
-        panels=panels,
+        panels=F.pad(weight_OI, (0, 0, 0, padding)).view(-1, PANEL, num_inputs).transpose(1, 2).contiguous(),
         num_outputs=num_outputs,
-        scale_PL=None if scale_O is None else F.pad(scale_O.float(), (0, padding)).view(-1, panel),
-        bias_O=None if bias_O is None else bias_O.float(),
+        scale_PL=None if scale_O is None else F.pad(scale_O.float(), (0, padding)).view(-1, PANEL),
+        bias_PL=None if bias_O is None else F.pad(bias_O.float(), (0, padding)).view(-1, PANEL),
     )
 
 
-def packed_matmul(
-    matrices: Sequence[PackedMatrix], rows_RI: torch.Tensor, counts: Sequence[int], out_RO: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`rows @ weight.T + bias`: the first `counts[0]` rows with the first matrix, and so on. float32 [R, O].
-
-    matrices: at least one, all of one shape and dtype
-    rows_RI:  float32, R the sum of `counts`
-    out_RO:   where the result goes, of `new_result`, or rows of that
+def packed_matmul(matrix: PackedMatrix, rows_RI: torch.Tensor) -> torch.Tensor:
+    """`rows @ weight.T + bias`, float32 [R, O], for float32 rows.
 
     Weights are widened to float32 as they are read, and sums are float32, in ascending order of inputs: a row's
     result does not depend on the other rows. It runs in the calling thread, without the GIL.
     """
-    some = matrices[0]
-    num_panels, num_inputs, _ = some.panels.shape
-    if out_RO is None:
-        out_RO = some.new_result(len(rows_RI))
-    if rows_RI.stride(1) != 1:
-        rows_RI = rows_RI.contiguous()
-    assert rows_RI.shape == (sum(counts), num_inputs)
+    num_panels, num_inputs, _ = matrix.panels.shape
     assert rows_RI.dtype is torch.float32
-    _, matmul = _compiled(some.panels.dtype)
+    assert rows_RI.shape[1] == num_inputs
+    rows_RI = rows_RI.contiguous()
+    out_RP = torch.empty(len(rows_RI), matrix.num_columns)
+    pointers = [np.array([address]) for address in matrix.addresses()]
+    matmul = compiled_matmul(matrix)
     matmul(
-        _addresses([matrix.panels for matrix in matrices]),
-        np.array([0, *itertools.accumulate(counts)], dtype=np.int64),
-        _addresses([matrix.scale_PL for matrix in matrices if matrix.scale_PL is not None]),
+        *pointers,
+        np.array([0, len(rows_RI)]),
         num_panels,
         num_inputs,
         rows_RI.data_ptr(),
-        rows_RI.stride(0) * 4,
-        out_RO.data_ptr(),
-        out_RO.stride(0) * 4,
+        num_inputs * 4,
+        out_RP.data_ptr(),
+        matrix.num_columns * 4,
     )
-    if some.bias_O is not None:
-        for matrix, part_RO in zip(matrices, torch.split_with_sizes(out_RO, list(counts)), strict=True):
-            assert matrix.bias_O is not None
-            part_RO.add_(matrix.bias_O)
-    return out_RO
+    return out_RP[:, : matrix.num_outputs]
 
 
-def _addresses(tensors: Sequence[torch.Tensor]) -> npt.NDArray[np.int64]:
-    return np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
+def compiled_matmul(matrix: PackedMatrix) -> Callable[..., None]:
+    """The product that `packed_matmul` runs for `matrix`; the first call for a dtype takes half a second."""
+    from experts.ops._numba.packed_matmul import compile_matmul
 
-
-@cache
-def _compiled(dtype: torch.dtype) -> tuple[int, Callable[..., None]]:
-    """A panel's outputs, and the product."""
-    # Loads LLVM, which a process without experts on CPU does not need.
-    from experts.ops._numba.packed_matmul import PANEL, compile_matmul
-
-    return PANEL, compile_matmul(HELD[dtype])
+    return compile_matmul(matrix.format, biased=matrix.bias_PL is not None)

@@ -25,18 +25,24 @@ class SortedRows(NamedTuple):
 
 def sort_by_expert(expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> SortedRows:
     """Sort the (token, expert) pairs of a gate's output by expert; pairs with expert -1 are left out. On CPU."""
-    # numpy's calls are several times shorter than torch's, and a single token's sort is nothing but calls.
+    # numpy's methods are several times shorter than torch's, and a single token's sort is nothing but calls.
     ids_R = expert_ids_TK.numpy().reshape(-1)
-    order_R = np.argsort(ids_R, kind="stable")
+    order_R = ids_R.argsort(kind="stable")
     ids_R = ids_R[order_R]
-    skipped = int(np.searchsorted(ids_R, 0))
-    ids_R, order_R = ids_R[skipped:], order_R[skipped:]
-    is_first_R = np.ones(len(ids_R), dtype=bool)
+    if len(ids_R) and ids_R[0] < 0:
+        skipped = ids_R.searchsorted(0)
+        ids_R, order_R = ids_R[skipped:], order_R[skipped:]
+    is_first_R = np.empty(len(ids_R), bool)
+    is_first_R[:1] = True
     np.not_equal(ids_R[1:], ids_R[:-1], out=is_first_R[1:])
-    starts_S = np.flatnonzero(is_first_R)
+    (starts_S,) = is_first_R.nonzero()
+    offsets_S1 = np.empty(len(starts_S) + 1, np.int32)
+    offsets_S1[:-1], offsets_S1[-1] = starts_S, len(ids_R)
+    token_rows_R = np.floor_divide(order_R, expert_ids_TK.shape[1], dtype=np.int32, casting="unsafe")
+    weights_R = weights_TK.numpy().reshape(-1)[order_R]
     return SortedRows(
-        expert_ids_S=torch.from_numpy(ids_R[starts_S].astype(np.int32)),
-        offsets_S1=torch.from_numpy(np.append(starts_S, len(ids_R)).astype(np.int32)),
-        token_rows_R=torch.from_numpy((order_R // expert_ids_TK.shape[1]).astype(np.int32)),
-        weights_R=torch.from_numpy(weights_TK.numpy().reshape(-1)[order_R].astype(np.float32, copy=False)),
+        expert_ids_S=torch.from_numpy(ids_R[starts_S]).int(),
+        offsets_S1=torch.from_numpy(offsets_S1),
+        token_rows_R=torch.from_numpy(token_rows_R),
+        weights_R=torch.from_numpy(weights_R).float(),
     )

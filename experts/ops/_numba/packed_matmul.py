@@ -10,6 +10,8 @@ row's result does not depend on the rows beside it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -23,17 +25,28 @@ _LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
 TILE_ROWS = 12 if _LANES == 16 else 6
 _VECTORS = 2
 PANEL = _VECTORS * _LANES
-# Inputs of a panel that are worked on at once: with the rows' they stay in a core's second cache.
-_DEPTH = 4096
+# Rows' inputs are taken in pieces of so many bytes, which stay in a core's second cache for all panels,
+_CACHED_BYTES = 512 << 10
+# but not fewer at once than pay for putting sums aside.
+_LEAST_DEPTH = 512
 # How far ahead memory is asked for; processors' own prefetchers stop at every page.
 _AHEAD_BYTES = 8192
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOAT = ir.VectorType(ir.FloatType(), _LANES)
 _INT = ir.VectorType(_I32, _LANES)
-_ZEROS = ir.Constant(_INT, [ir.Constant(_I32, 0)] * _LANES)
+_FLOAT_BYTES = _LANES * 4
+_ZERO = ir.Constant(_FLOAT, [ir.Constant(ir.FloatType(), 0.0)] * _LANES)
 
-Widen = Callable[[ir.IRBuilder, ir.Value], ir.Value]
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """Bytes of a weight, its type, how a vector of them becomes float32, and whether that is steps of a scale."""
+
+    itemsize: int
+    element: ir.Type
+    widen: Callable[[ir.IRBuilder, ir.Value], ir.Value]
+    scaled: bool = False
 
 
 def _widen_bfloat16(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
@@ -41,35 +54,31 @@ def _widen_bfloat16(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
     return builder.bitcast(builder.shl(builder.zext(bits, _INT), sixteen), _FLOAT)
 
 
-def _widen_int8(builder: ir.IRBuilder, steps: ir.Value) -> ir.Value:
-    return builder.sitofp(builder.sext(steps, _INT), _FLOAT)
-
-
-# Of each format: bytes of a weight, what a vector of them is, and how it becomes float32.
-_FORMATS: dict[str, tuple[int, ir.Type, Widen]] = {
-    "float32": (4, ir.FloatType(), lambda _, weights: weights),
-    "bfloat16": (2, _I16, _widen_bfloat16),
-    "float16": (2, ir.HalfType(), lambda builder, weights: builder.fpext(weights, _FLOAT)),
-    "int8": (1, _I8, _widen_int8),
+_FORMATS = {
+    "float32": _Format(4, ir.FloatType(), lambda _, weights: weights),
+    "bfloat16": _Format(2, _I16, _widen_bfloat16),
+    "float16": _Format(2, ir.HalfType(), lambda builder, weights: builder.fpext(weights, _FLOAT)),
+    "int8": _Format(1, _I8, lambda builder, steps: builder.sitofp(builder.sext(steps, _INT), _FLOAT), scaled=True),
 }
 
 
-def compile_matmul(weight_format: str) -> Callable[..., None]:
+@cache
+def compile_matmul(weight_format: str, *, biased: bool) -> Callable[..., None]:
     """The compiled product for matrices of `weight_format`; it runs without the GIL.
 
-    Arguments, all int64: arrays of matrices' addresses [M], where each one's rows start [M + 1], and addresses of
-    their outputs' scales [M] (none of these but for int8, [0]); a matrix's panels and inputs; address of the rows and
-    bytes of each; the same of the result, whose rows hold whole panels.
+    Arguments, all int64: arrays of addresses of the matrices [M], of their outputs' scales and of their biases, 0
+    where there are none, and of where each matrix's rows start [M + 1]; panels and inputs of a matrix; address of the
+    first matrix's first row, and bytes from one row to the next; the same of the result, whose rows hold whole panels.
     """
-    itemsize, element, widen = _FORMATS[weight_format]
-    scaled = weight_format == "int8"
-    tile = _tile(itemsize, ir.VectorType(element, _LANES), widen, scaled)
-    panel_bytes = PANEL * itemsize
+    kind = _FORMATS[weight_format]
+    panel_bytes = PANEL * kind.itemsize
+    tile = _tile(kind, biased)
 
     def matmul(
         matrices: Any,
-        starts: Any,
         scales: Any,
+        biases: Any,
+        starts: Any,
         panels: int,
         inputs: int,
         rows: int,
@@ -78,20 +87,22 @@ def compile_matmul(weight_format: str) -> Callable[..., None]:
         out_bytes: int,
     ) -> None:
         for matrix in range(len(matrices)):
-            for panel in range(panels):
-                weights = matrices[matrix] + panel * inputs * panel_bytes
-                scale = scales[matrix] + panel * PANEL * 4 if scaled else 0
-                for first in range(0, inputs, _DEPTH):
-                    depth = min(_DEPTH, inputs - first)
-                    row = starts[matrix]
-                    while row < starts[matrix + 1]:
-                        tile_rows = min(TILE_ROWS, starts[matrix + 1] - row)
+            begin, end = starts[matrix] - starts[0], starts[matrix + 1] - starts[0]
+            most = max(_LEAST_DEPTH, _CACHED_BYTES // (4 * max(1, end - begin)))
+            for first in range(0, inputs, most):
+                depth = min(most, inputs - first)
+                for panel in range(panels):
+                    row = begin
+                    while row < end:
+                        tile_rows = min(TILE_ROWS, end - row)
                         tile(
                             tile_rows,
-                            first,
+                            first == 0,
+                            first + depth == inputs,
                             depth,
-                            weights + first * panel_bytes,
-                            scale,
+                            matrices[matrix] + (panel * inputs + first) * panel_bytes,
+                            scales[matrix] + panel * PANEL * 4,
+                            biases[matrix] + panel * PANEL * 4,
                             rows + row * row_bytes + first * 4,
                             row_bytes,
                             out + row * out_bytes + panel * PANEL * 4,
@@ -99,22 +110,24 @@ def compile_matmul(weight_format: str) -> Callable[..., None]:
                         )
                         row += tile_rows
 
-    signature = types.void(*[types.int64[::1]] * 3, *[types.int64] * 6)
+    signature = types.void(*[types.int64[::1]] * 4, *[types.int64] * 6)
     compiled: Callable[..., None] = njit([signature], nogil=True)(matmul)
     return compiled
 
 
-def _tile(itemsize: int, vector: ir.VectorType, widen: Widen, scaled: bool) -> Any:
+def _tile(kind: _Format, biased: bool) -> Any:
     """The function that computes a tile, in a version for every number of rows up to TILE_ROWS."""
 
     @intrinsic
     def tile(
         _: Any,
         rows: Any,
-        first: Any,
+        is_first: Any,
+        is_last: Any,
         depth: Any,
         weights: Any,
         scale: Any,
+        bias: Any,
         row: Any,
         row_bytes: Any,
         out: Any,
@@ -127,11 +140,12 @@ def _tile(itemsize: int, vector: ir.VectorType, widen: Widen, scaled: bool) -> A
                 version = builder.append_basic_block(f"rows_{rows}")
                 versions.add_case(ir.Constant(_I64, rows), version)
                 builder.position_at_end(version)
-                _Tile(builder, rows, itemsize, vector, widen, scaled).emit(*values[1:])
+                _Tile(builder, kind, biased, rows).emit(*values[1:])
                 builder.branch(done)
             builder.position_at_end(done)
 
-        return types.void(*[types.int64] * 9), codegen
+        flags = types.boolean, types.boolean
+        return types.void(types.int64, *flags, *[types.int64] * 8), codegen
 
     return tile
 
@@ -139,74 +153,70 @@ def _tile(itemsize: int, vector: ir.VectorType, widen: Widen, scaled: bool) -> A
 class _Tile:
     """Emits the code of a tile of `rows` rows."""
 
-    def __init__(
-        self, builder: ir.IRBuilder, rows: int, itemsize: int, vector: ir.VectorType, widen: Widen, scaled: bool
-    ) -> None:
+    def __init__(self, builder: ir.IRBuilder, kind: _Format, biased: bool, rows: int) -> None:
         self._builder = builder
+        self._kind = kind
+        self._biased = biased
         self._rows = rows
-        self._itemsize = itemsize
-        self._vector = vector
-        self._widen = widen
-        self._scaled = scaled
+        self._weights = ir.VectorType(kind.element, _LANES)
 
     def emit(
         self,
-        first: ir.Value,
+        is_first: ir.Value,
+        is_last: ir.Value,
         depth: ir.Value,
         weights: ir.Value,
         scale: ir.Value,
+        bias: ir.Value,
         row: ir.Value,
         row_bytes: ir.Value,
         out: ir.Value,
         out_bytes: ir.Value,
     ) -> None:
-        """Sums of `depth` inputs to `out`, after what lies there if these are not the first inputs."""
+        """Sums of `depth` inputs to `out`: from zero at the first, times scales and with biases at the last."""
         builder = self._builder
-        vectors = range(_VECTORS)
-        places = [self._at(out, self._times(out_bytes, r), v * _LANES * 4) for r in range(self._rows) for v in vectors]
-        zero = ir.Constant(_FLOAT, [ir.Constant(ir.FloatType(), 0.0)] * _LANES)
-        is_first = builder.icmp_signed("==", first, ir.Constant(_I64, 0))
-        before = [builder.select(is_first, zero, self._load(place, _FLOAT)) for place in places]
+        vectors = [(r, v) for r in range(self._rows) for v in range(_VECTORS)]
+        places = [self._at(out, self._times(out_bytes, r), v * _FLOAT_BYTES) for r, v in vectors]
         rows = [self._at(row, self._times(row_bytes, r)) for r in range(self._rows)]
+        before = [builder.select(is_first, _ZERO, self._load(place, _FLOAT)) for place in places]
         entry, loop, after = builder.block, builder.append_basic_block("input"), builder.append_basic_block("summed")
         builder.branch(loop)
         builder.position_at_end(loop)
         index = builder.phi(_I64)
         sums = [builder.phi(_FLOAT) for _ in places]
-        added = self._add_input(self._at(weights, self._times(index, PANEL * self._itemsize)), rows, index, sums)
+        added = self._add_input(self._at(weights, self._times(index, PANEL * self._kind.itemsize)), rows, index, sums)
         following = builder.add(index, ir.Constant(_I64, 1))
-        starts = [zero for _ in places] if self._scaled else before
-        for phi, start, end in zip([index, *sums], [ir.Constant(_I64, 0), *starts], [following, *added], strict=True):
+        for phi, start, end in zip([index, *sums], [ir.Constant(_I64, 0), *before], [following, *added], strict=True):
             phi.add_incoming(start, entry)
             phi.add_incoming(end, loop)
         builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
         builder.position_at_end(after)
-        if self._scaled:
-            worth = [
-                self._load(self._at(scale, ir.Constant(_I64, v * _LANES * 4)), _FLOAT) for v in vectors
-            ] * self._rows
-            added = [self._multiply_add(*terms) for terms in zip(added, worth, before, strict=True)]
+        if self._kind.scaled or self._biased:
+            one = ir.Constant(_FLOAT, [ir.Constant(ir.FloatType(), 1.0)] * _LANES)
+            steps = self._load_panel(scale) if self._kind.scaled else [one] * _VECTORS
+            biases = self._load_panel(bias) if self._biased else [_ZERO] * _VECTORS
+            worth = [self._multiply_add(sum_, steps[v], biases[v]) for sum_, (_, v) in zip(added, vectors, strict=True)]
+            added = [builder.select(is_last, *choice) for choice in zip(worth, added, strict=True)]
         for place, total in zip(places, added, strict=True):
             builder.store(total, builder.inttoptr(place, _FLOAT.as_pointer()), align=4)
 
     def _add_input(
         self, weights: ir.Value, rows: Sequence[ir.Value], index: ir.Value, sums: Sequence[ir.Value]
     ) -> list[ir.Value]:
-        builder = self._builder
-        for line in range(0, PANEL * self._itemsize, 64):
+        """The sums after one more input: its weights for a panel, times every row's value."""
+        builder, itemsize = self._builder, self._kind.itemsize
+        for line in range(0, PANEL * itemsize, 64):
             self._prefetch(self._at(weights, ir.Constant(_I64, _AHEAD_BYTES + line)))
-        vector_bytes = _LANES * self._itemsize
         widened = [
-            self._widen(builder, self._load(self._at(weights, ir.Constant(_I64, v * vector_bytes)), self._vector))
-            for v in range(_VECTORS)
+            self._kind.widen(builder, self._load(self._at(weights, ir.Constant(_I64, offset)), self._weights))
+            for offset in range(0, PANEL * itemsize, _LANES * itemsize)
         ]
-        added = []
-        for number, row in enumerate(rows):
+        added: list[ir.Value] = []
+        for row in rows:
             value = self._load(self._at(row, self._times(index, 4)), ir.FloatType())
             first = builder.insert_element(ir.Constant(_FLOAT, ir.Undefined), value, ir.Constant(_I32, 0))
-            spread = builder.shuffle_vector(first, first, _ZEROS)
-            for v, weight in enumerate(widened):
-                added.append(self._multiply_add(weight, spread, sums[number * _VECTORS + v]))
+            spread = builder.shuffle_vector(first, first, ir.Constant(_INT, [ir.Constant(_I32, 0)] * _LANES))
+            added += [self._multiply_add(weight, spread, sums[len(added) + v]) for v, weight in enumerate(widened)]
         return added
 
     def _times(self, value: ir.Value, factor: int) -> ir.Value:
@@ -217,6 +227,9 @@ class _Tile:
 
     def _load(self, address: ir.Value, kind: ir.Type) -> ir.Value:
         return self._builder.load(self._builder.inttoptr(address, kind.as_pointer()), align=1)
+
+    def _load_panel(self, address: ir.Value) -> list[ir.Value]:
+        return [self._load(self._at(address, ir.Constant(_I64, v * _FLOAT_BYTES)), _FLOAT) for v in range(_VECTORS)]
 
     def _multiply_add(self, left: ir.Value, right: ir.Value, total: ir.Value) -> ir.Value:
         kind = ir.FunctionType(_FLOAT, [_FLOAT] * 3)

@@ -43,7 +43,7 @@ specs = st.builds(
     ExpertSpec,
     hidden_size=st.sampled_from([1, 7, 32, 130]),
     intermediate_size=st.sampled_from([1, 5, 48]),
-    activation=st.sampled_from(["silu", "gelu", "relu", "quick_gelu", "gelu_pytorch_tanh"]),
+    activation=st.sampled_from(["silu", "relu"]),  # the others: test_activations.py
     gated=st.booleans(),
     bias=st.booleans(),
     limit=st.sampled_from([None, 0.5]),
