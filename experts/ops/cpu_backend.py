@@ -60,7 +60,6 @@ class CpuBackend:
             raise ConfigError("model.quantization: fp16 on this CPU needs AVX2; use none or int8")
         self._spec = spec
         self._pack = FORMATS[quantization]
-        self._num_threads = num_threads
         self._team = ThreadTeam(num_threads)
         self._slots: dict[int, tuple[PackedMatrix, PackedMatrix]] = {}
         self._formats: dict[int, Formats] = {}
@@ -91,8 +90,8 @@ class CpuBackend:
 
     def use_threads(self, num_threads: int) -> None:
         """Calls from now on use so many cores; one that runs goes on with those that it has."""
-        if num_threads != self._num_threads:
-            self._num_threads, self._team = num_threads, ThreadTeam(num_threads)
+        if num_threads != self._team.num_threads:
+            self._team = ThreadTeam(num_threads)
 
     def nbytes(self, slot: int) -> int:
         """Bytes that a slot's matrices take, and that a call of one row reads."""
@@ -139,8 +138,8 @@ class CpuBackend:
     def _tasks(self, slots: list[int], offsets: list[int]) -> list[_Task]:
         """Work in pieces of like size: two for each thread, or more where there is much; one where there is little."""
         total = _READ_ROWS * len(slots) + offsets[-1]
-        alone = self._num_threads == 1 or total / _READ_ROWS * self.nbytes(slots[0]) < _ALONE_BYTES
-        enough = _MOST_ROWS if alone else min(_MOST_ROWS, total / (2 * self._num_threads))
+        alone = self._team.num_threads == 1 or total / _READ_ROWS * self.nbytes(slots[0]) < _ALONE_BYTES
+        enough = _MOST_ROWS if alone else min(_MOST_ROWS, total / (2 * self._team.num_threads))
         if total <= enough and len(self._compiled) == 1:
             return [_Task(self._formats[slots[0]], slots, offsets)]
         most = max(_LEAST_ROWS, int(enough))

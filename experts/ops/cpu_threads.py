@@ -8,48 +8,30 @@ import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
 
-import torch
-
 
 class ThreadTeam:
     """`num_threads` threads, the caller's being one, that take tasks until none is left.
 
     OpenMP would split every matrix multiplication and wait at its end for the slowest thread: on a machine whose
     cores are shared, for as long as the scheduler likes. Here a task runs in one thread from start to end, and a
-    helper that wakes late only means that the others did its share. torch releases the GIL inside its operators.
+    helper that wakes late only means that the others did its share. Tasks are compiled code, without the GIL.
     """
 
     def __init__(self, num_threads: int) -> None:
         assert num_threads >= 1
+        self.num_threads = num_threads
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._num_helpers = num_threads - 1
-        for _ in range(self._num_helpers):
+        for _ in range(num_threads - 1):
             threading.Thread(target=_help, args=(self._jobs,), name="experts", daemon=True).start()
-        weakref.finalize(self, _dismiss, self._jobs, self._num_helpers)
+        weakref.finalize(self, _dismiss, self._jobs, num_threads - 1)
 
     def run(self, task: Callable[[int], None], num_tasks: int) -> None:
-        """Call `task(i)` once for every i below `num_tasks`, in no order; raises what a task raised.
-
-        torch runs each task in the thread that took it, and gets its own number of threads back at the end. Helpers
-        are in inference mode, the caller in its own; one task alone is a plain call.
-        """
+        """Call `task(i)` once for every i below `num_tasks`, in no order; raises what a task raised."""
         if num_tasks == 1:
             task(0)
             return
         job = _Job(task, num_tasks)
-        num_threads = torch.get_num_threads()
-        if num_threads == 1:
-            self._work(job)
-            return
-        # Costly where it changes nothing too: oneDNN then forgets the primitives that it made for this thread.
-        torch.set_num_threads(1)
-        try:
-            self._work(job)
-        finally:
-            torch.set_num_threads(num_threads)
-
-    def _work(self, job: _Job) -> None:
-        for _ in range(min(self._num_helpers, job.num_tasks - 1)):
+        for _ in range(min(self.num_threads, num_tasks) - 1):
             self._jobs.put(job)
         job.work()
         job.finish()
@@ -99,12 +81,10 @@ class _Job:
 
 
 def _help(jobs: SimpleQueue[_Job | None]) -> None:
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        while (job := jobs.get()) is not None:
-            job.help()
-            # Waiting for the next job must not keep this one's tensors alive.
-            del job
+    while (job := jobs.get()) is not None:
+        job.help()
+        # Waiting for the next job must not keep this one's tensors alive.
+        del job
 
 
 def _dismiss(jobs: SimpleQueue[_Job | None], num_helpers: int) -> None:

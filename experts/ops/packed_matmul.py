@@ -9,6 +9,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from experts.ops.cpu_threads import ThreadTeam
+
+# Reading a matrix takes as long as multiplying so many rows with it.
+_ROWS_A_READ = 8
+# Bytes to read, or as much arithmetic, that pay for waking a second thread.
+_SHARED_WORK = 8 << 20
 # What a packed matrix may hold.
 HELD = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int8: "int8"}
 
@@ -65,29 +71,45 @@ def pack_matrix(
     )
 
 
-def packed_matmul(matrix: PackedMatrix, rows_RI: torch.Tensor) -> torch.Tensor:
+def packed_matmul(matrix: PackedMatrix, rows_RI: torch.Tensor, team: ThreadTeam | None = None) -> torch.Tensor:
     """`rows @ weight.T + bias`, float32 [R, O], for float32 rows.
 
+    team: threads that share the outputs where there is enough to do
+
     Weights are widened to float32 as they are read, and sums are float32, in ascending order of inputs: a row's
-    result does not depend on the other rows. It runs in the calling thread, without the GIL.
+    result depends neither on the other rows nor on the threads. The GIL is not held.
     """
-    num_panels, num_inputs, _ = matrix.panels.shape
+    num_panels, num_inputs, panel = matrix.panels.shape
     assert rows_RI.dtype is torch.float32
     assert rows_RI.shape[1] == num_inputs
     rows_RI = rows_RI.contiguous()
     out_RP = torch.empty(len(rows_RI), matrix.num_columns)
-    pointers = [np.array([address]) for address in matrix.addresses()]
+    starts = np.array([0, len(rows_RI)])
     matmul = compiled_matmul(matrix)
-    matmul(
-        *pointers,
-        np.array([0, len(rows_RI)]),
-        num_panels,
-        num_inputs,
-        rows_RI.data_ptr(),
-        num_inputs * 4,
-        out_RP.data_ptr(),
-        matrix.num_columns * 4,
-    )
+    panels, scale, bias = matrix.addresses()
+    work = matrix.nbytes * (1 + len(rows_RI) / _ROWS_A_READ)
+    pieces = 1 if team is None or work < _SHARED_WORK else team.num_threads
+
+    def run(piece: int) -> None:
+        first, last = num_panels * piece // pieces, num_panels * (piece + 1) // pieces
+        column_bytes = first * panel * 4
+        matmul(
+            np.array([panels + first * num_inputs * panel * matrix.panels.itemsize]),
+            np.array([scale + column_bytes]),
+            np.array([bias + column_bytes]),
+            starts,
+            last - first,
+            num_inputs,
+            rows_RI.data_ptr(),
+            num_inputs * 4,
+            out_RP.data_ptr() + column_bytes,
+            matrix.num_columns * 4,
+        )
+
+    if team is None:
+        run(0)
+    else:
+        team.run(run, pieces)
     return out_RP[:, : matrix.num_outputs]
 
 

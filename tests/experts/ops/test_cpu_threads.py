@@ -6,7 +6,6 @@ import gc
 import threading
 
 import pytest
-import torch
 
 from experts.ops.cpu_threads import ThreadTeam
 
@@ -24,24 +23,6 @@ def test_every_task_runs_once(num_threads: int, num_tasks: int) -> None:
 def test_tasks_run_at_the_same_time() -> None:
     meeting = threading.Barrier(3, timeout=30)
     ThreadTeam(3).run(lambda _: [meeting.wait()].clear(), 3)
-
-
-def test_torch_uses_one_thread_in_a_task_and_its_own_number_after() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        seen: set[int] = set()
-        meeting = threading.Barrier(2, timeout=30)
-
-        def task(_: int) -> None:
-            meeting.wait()
-            seen.add(torch.get_num_threads())
-
-        ThreadTeam(2).run(task, 2)
-        assert seen == {1}
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
