@@ -4,7 +4,7 @@ Every variant gets the same weights and the same routed tokens, in one process a
 machine's mood meets all of them. A row's time covers what a layer has to do once the gate has spoken: sort by
 expert, multiply, weight and sum. Weights are bfloat16 numbers, as in nearly every published checkpoint:
 
-    lossless   quantization none of a bfloat16 checkpoint: held in float16, which loses nothing of them
+    lossless   quantization none of a bfloat16 checkpoint
     float32    quantization none of a float32 checkpoint with the same numbers
     int8       quantization int8
     eager, grouped_mm, batched_mm   transformers with the same numbers in float32

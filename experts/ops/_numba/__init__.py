@@ -1,1 +1,1 @@
-"""Code that numba compiles."""
+"""Everything that numba and LLVM compile. No other package imports them."""
