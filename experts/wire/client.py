@@ -1,10 +1,10 @@
 """Calls an expert group's ExpertService: one bidirectional stream per peer, opened at the first call.
 
-A stream beats unary calls by half at any size that we send: no new HTTP/2 stream, no scheduling of a handler. The
-thread that waits for a reply reads the stream itself, so that no thread has to wake another; when several wait, one
-reads for all. A call with a time limit goes as an RPC of its own, so that gRPC carries its deadline and its
-cancellation to the group. What is large stays in shared memory where the peer has an address of this machine; the
-first such call finds out whether it sees the same /dev/shm.
+A stream beats unary calls by half at any size that we send: no new HTTP/2 stream, no scheduling of a handler. A thread
+of each stream reads whatever arrives: gRPC fetches a message only when it is asked for the next one, so that answers
+of several peers would else be fetched one after the other. A call with a time limit goes as an RPC of its own, so that
+gRPC carries its deadline and its cancellation to the group. What is large stays in shared memory where the peer has an
+address of this machine; the first such call finds out whether it sees the same /dev/shm.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import socket
 import threading
-import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Protocol
@@ -42,8 +41,6 @@ _OPTIONS = (
 )
 # From here on (both ways together), copying through shared memory costs less than through two sockets.
 _SHARED_BYTES = 128 * 1024
-# How often overdue replies are looked for; a reply is given up at most so long after its deadline.
-_WATCH_S = 0.2
 
 
 class CallFailed(Exception):
@@ -75,23 +72,17 @@ class _Connection:
         self._forward = self._channel.unary_unary(f"/{_SERVICE}/Forward")
         self._requests: SimpleQueue[bytes | None] = SimpleQueue()
         self._call = self._channel.stream_stream(f"/{_SERVICE}/Stream")(iter(self._requests.get, None))
-        self._changed = threading.Condition()
-        self._reading = False
-        self._wanted: set[int] = set()
-        self._arrived: dict[int, WireReply] = {}
-        self._deadlines: dict[int, float] = {}
+        self._lock = threading.Lock()
+        self._owed: dict[int, _StreamReply] = {}
+        self._error: CallFailed | None = None
         self._segments = SegmentPool()
         self._lent: dict[int, Segment] = {}
         self._same_machine = _is_own(address)
-        self._error: CallFailed | None = None
+        threading.Thread(target=self._read, name=f"expert-replies-{name}", daemon=True).start()
 
     @property
     def alive(self) -> bool:
         return self._error is None and self._call.is_active()
-
-    @property
-    def held(self) -> int:
-        return len(self._arrived)
 
     def segment(self, nbytes: int) -> Segment | None:
         """Shared memory for a call, or None where the call is small or the peer elsewhere."""
@@ -102,85 +93,51 @@ class _Connection:
         self._same_machine = False
 
     def send(self, call_id: int, message: bytes, segment: Segment | None, resend: Callable[[], Reply]) -> Reply:
-        self._wanted.add(call_id)
+        reply = _StreamReply(self, call_id, resend)
         if segment is not None:
             self._lent[call_id] = segment
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            self._owed[call_id] = reply
         self._requests.put(message)
-        return _StreamReply(self, call_id, resend)
+        return reply
 
     def request(self, message: bytes, timeout_s: float) -> Reply:
         return _UnaryReply(self._where, self._forward.future(message, timeout=timeout_s))
 
-    def wait(self, call_id: int, timeout_s: float | None) -> WireReply:
-        """The reply to `call_id`. Raises CallFailed once the stream is dead or the deadline has passed."""
-        if timeout_s is not None:
-            self._deadlines[call_id] = time.monotonic() + timeout_s
-        try:
-            return self._wait(call_id)
-        finally:
-            self._deadlines.pop(call_id, None)
-
-    def _wait(self, call_id: int) -> WireReply:
-        with self._changed:
-            while True:
-                if call_id in self._arrived:
-                    return self._arrived.pop(call_id)
-                if self._error is not None:
-                    raise self._error
-                if not self._reading:
-                    self._reading = True
-                    break
-                self._changed.wait()
-        try:
-            return self._read_until(call_id)
-        except grpc.RpcError as error:
-            self.close(f"{error.code().name}: {error.details()}")
-            raise self._dead() from error
-        except StopIteration:
-            self.close("the stream was closed by the group")
-            raise self._dead() from None
-        except RequestError as error:
-            self.close(f"unreadable reply: {error}")
-            raise self._dead() from error
-        finally:
-            with self._changed:
-                self._reading = False
-                self._changed.notify_all()
-
-    def _read_until(self, call_id: int) -> WireReply:
-        while True:
-            reply = decode_partial(next(self._call), self._segments)
-            if segment := self._lent.pop(reply.call_id, None):
-                self._segments.give_back(segment)
-            if reply.call_id == call_id:
-                return reply
-            with self._changed:
-                if reply.call_id in self._wanted:
-                    self._arrived[reply.call_id] = reply
-                    self._changed.notify_all()
-
     def abandon(self, call_id: int) -> None:
         """Nobody waits for this reply any more."""
-        self._wanted.discard(call_id)
-        self._arrived.pop(call_id, None)
-
-    def overdue(self, now: float) -> bool:
-        return any(deadline < now for deadline in list(self._deadlines.values()))
+        self._owed.pop(call_id, None)
 
     def close(self, reason: str) -> None:
         """Fail every reply that is owed; the first reason is the one that callers see."""
-        with self._changed:
+        with self._lock:
             if self._error is None:
                 self._error = CallFailed(f"{self._where}: {reason}")
-            self._changed.notify_all()
+            owed, self._owed = self._owed, {}
+        for reply in owed.values():
+            reply.set(self._error)
         self._requests.put(None)
         self._call.cancel()
         self._channel.close()
         self._segments.close()
 
-    def _dead(self) -> CallFailed:
-        assert self._error is not None, "close() sets it"
-        return self._error
+    def _read(self) -> None:
+        try:
+            for message in self._call:
+                arrived = decode_partial(message, self._segments)
+                if segment := self._lent.pop(arrived.call_id, None):
+                    self._segments.give_back(segment)
+                if reply := self._owed.pop(arrived.call_id, None):
+                    reply.set(arrived)
+            reason = "the stream was closed by the group"
+        except grpc.RpcError as error:
+            reason = f"{error.code().name}: {error.details()}"
+        except Exception as error:
+            # Whatever it was, nobody may wait for this thread in vain.
+            reason = f"unreadable reply: {error}"
+        self.close(reason)
 
 
 class _StreamReply:
@@ -188,19 +145,30 @@ class _StreamReply:
         self._connection = connection
         self._call_id = call_id
         self._resend = resend
+        self._outcome: WireReply | CallFailed | None = None
+        self._open = threading.Lock()
+        self._open.acquire()
+
+    def set(self, outcome: WireReply | CallFailed) -> None:
+        """Once, by whoever took it out of the replies that are owed."""
+        self._outcome = outcome
+        self._open.release()
 
     def result(self, timeout_s: float | None = None) -> torch.Tensor:
-        reply = self._connection.wait(self._call_id, timeout_s)
-        if isinstance(reply.error, SegmentUnreachable):
+        if not self._open.acquire(timeout=-1 if timeout_s is None else timeout_s):
+            # A stream that owes a reply for so long owes the others that came after, too.
+            self._connection.close("no reply within the deadline")
+            self._open.acquire()
+        if isinstance(self._outcome, CallFailed):
+            raise self._outcome
+        assert self._outcome is not None, "set before the lock was opened"
+        if isinstance(self._outcome.error, SegmentUnreachable):
             self._connection.not_shared()
             return self._resend().result(timeout_s)
-        return _partial(reply)
+        return _partial(self._outcome)
 
     def cancel(self) -> None:
         self._connection.abandon(self._call_id)
-
-    def __del__(self) -> None:
-        self.cancel()
 
 
 class _UnaryReply:
@@ -262,9 +230,7 @@ class ExpertClient:
         self._lock = threading.Lock()
         self._connections: dict[str, _Connection] = {}
         self._call_ids = itertools.count(1)
-        self._closed = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="expert-deadlines", daemon=True)
-        self._watcher.start()
+        self._closed = False
 
     def send(self, name: str, address: str, call: ExpertCall | NodeCall, timeout_s: float | None = None) -> Reply:
         """Start a call to peer `name`, which listens at `address`. Raises CallFailed once the client is closed.
@@ -293,23 +259,18 @@ class ExpertClient:
 
     def close(self) -> None:
         """Drop every connection."""
-        self._closed.set()
         with self._lock:
+            self._closed = True
             connections, self._connections = list(self._connections.values()), {}
         for connection in connections:
             connection.close("the client was closed")
-        self._watcher.join()
-
-    def replies_held(self) -> int:
-        """Replies that arrived and wait to be taken."""
-        return sum(connection.held for connection in list(self._connections.values()))
 
     def _connection(self, name: str, address: str) -> _Connection:
         connection = self._connections.get(name)
         if connection is not None and connection.alive:
             return connection
         with self._lock:
-            if self._closed.is_set():
+            if self._closed:
                 raise CallFailed("the client was closed")
             connection = self._connections.get(name)
             if connection is None or not connection.alive:
@@ -317,11 +278,3 @@ class ExpertClient:
                     connection.close("the connection was lost")
                 connection = self._connections[name] = _Connection(name, address)
             return connection
-
-    def _watch(self) -> None:
-        """End streams that owe a reply past its deadline: whoever waits is inside gRPC and cannot look itself."""
-        while not self._closed.wait(_WATCH_S):
-            now = time.monotonic()
-            for connection in list(self._connections.values()):
-                if connection.overdue(now):
-                    connection.close("no reply within the deadline")
