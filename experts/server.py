@@ -138,4 +138,5 @@ class ExpertServer:
         finally:
             with self._idle:
                 self._calls -= 1
-                self._idle.notify_all()
+                if not self._calls:
+                    self._idle.notify_all()

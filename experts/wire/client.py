@@ -1,10 +1,9 @@
 """Calls an expert group's ExpertService: one bidirectional stream per peer, opened at the first call.
 
-A stream beats unary calls by half at any size that we send: no new HTTP/2 stream, no scheduling of a handler. A thread
-of each stream reads whatever arrives: gRPC fetches a message only when it is asked for the next one, so that answers
-of several peers would else be fetched one after the other. A call with a time limit goes as an RPC of its own, so that
-gRPC carries its deadline and its cancellation to the group. What is large stays in shared memory where the peer has an
-address of this machine; the first such call finds out whether it sees the same /dev/shm.
+Streams are `experts.wire.grpc_stream`'s: the caller's thread writes, and the thread that waits for a reply reads. A call
+with a time limit goes as an RPC of its own, over grpcio, so that gRPC carries its deadline and its cancellation to the
+group. What is large stays in shared memory where the peer has an address of this machine; the first such call finds out
+whether it sees the same /dev/shm.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import itertools
 import socket
 import threading
 from collections.abc import Callable
-from queue import SimpleQueue
 from typing import Protocol
 
 import grpc
@@ -23,6 +21,7 @@ from experts.errors import ExpertNotResident, MeshError, RequestError, SegmentUn
 from experts.node_call import NodeCall
 from experts.spec import ExpertCall
 from experts.wire.codec import MAX_MESSAGE_BYTES, WireReply, decode_partial, encode_call, segment_bytes
+from experts.wire.grpc_stream import GrpcStream, StreamClosed
 from experts.wire.shared_memory import Segment, SegmentPool
 from experts.wire.v1 import expert_pb2 as pb
 
@@ -64,25 +63,28 @@ class Reply(Protocol):
 
 
 class _Connection:
-    """A channel and its stream. Dies with the stream's first error; the client then opens another."""
+    """A stream, and a channel for calls with a time limit. Dies with the stream; the client then opens another."""
 
     def __init__(self, name: str, address: str) -> None:
         self._where = f"{name} at {address}" if name != address else address
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._forward = self._channel.unary_unary(f"/{_SERVICE}/Forward")
-        self._requests: SimpleQueue[bytes | None] = SimpleQueue()
-        self._call = self._channel.stream_stream(f"/{_SERVICE}/Stream")(iter(self._requests.get, None))
-        self._lock = threading.Lock()
-        self._owed: dict[int, _StreamReply] = {}
-        self._error: CallFailed | None = None
+        self._wanted: set[int] = set()
+        self._arrived: dict[int, WireReply] = {}
         self._segments = SegmentPool()
         self._lent: dict[int, Segment] = {}
         self._same_machine = _is_own(address)
-        threading.Thread(target=self._read, name=f"expert-replies-{name}", daemon=True).start()
+        try:
+            self._stream = GrpcStream(
+                address, f"/{_SERVICE}/Stream", self._receive, max_message_bytes=MAX_MESSAGE_BYTES
+            )
+        except StreamClosed as error:
+            self._channel.close()
+            raise CallFailed(f"{self._where}: {error}") from error
 
     @property
     def alive(self) -> bool:
-        return self._error is None and self._call.is_active()
+        return self._stream.is_open
 
     def segment(self, nbytes: int) -> Segment | None:
         """Shared memory for a call, or None where the call is small or the peer elsewhere."""
@@ -93,51 +95,44 @@ class _Connection:
         self._same_machine = False
 
     def send(self, call_id: int, message: bytes, segment: Segment | None, resend: Callable[[], Reply]) -> Reply:
-        reply = _StreamReply(self, call_id, resend)
+        self._wanted.add(call_id)
         if segment is not None:
             self._lent[call_id] = segment
-        with self._lock:
-            if self._error is not None:
-                raise self._error
-            self._owed[call_id] = reply
-        self._requests.put(message)
-        return reply
+        try:
+            self._stream.send(message)
+        except StreamClosed as error:
+            raise CallFailed(f"{self._where}: {error}") from error
+        return _StreamReply(self, call_id, resend)
 
     def request(self, message: bytes, timeout_s: float) -> Reply:
         return _UnaryReply(self._where, self._forward.future(message, timeout=timeout_s))
 
+    def wait(self, call_id: int, timeout_s: float | None) -> WireReply:
+        """The reply to `call_id`. Raises CallFailed once the stream is dead or the time is over."""
+        try:
+            self._stream.read_until(lambda: call_id in self._arrived, timeout_s)
+        except StreamClosed as error:
+            raise CallFailed(f"{self._where}: {error}") from error
+        self._wanted.discard(call_id)
+        return self._arrived.pop(call_id)
+
     def abandon(self, call_id: int) -> None:
         """Nobody waits for this reply any more."""
-        self._owed.pop(call_id, None)
+        self._wanted.discard(call_id)
+        self._arrived.pop(call_id, None)
 
     def close(self, reason: str) -> None:
         """Fail every reply that is owed; the first reason is the one that callers see."""
-        with self._lock:
-            if self._error is None:
-                self._error = CallFailed(f"{self._where}: {reason}")
-            owed, self._owed = self._owed, {}
-        for reply in owed.values():
-            reply.set(self._error)
-        self._requests.put(None)
-        self._call.cancel()
+        self._stream.close(reason)
         self._channel.close()
         self._segments.close()
 
-    def _read(self) -> None:
-        try:
-            for message in self._call:
-                arrived = decode_partial(message, self._segments)
-                if segment := self._lent.pop(arrived.call_id, None):
-                    self._segments.give_back(segment)
-                if reply := self._owed.pop(arrived.call_id, None):
-                    reply.set(arrived)
-            reason = "the stream was closed by the group"
-        except grpc.RpcError as error:
-            reason = f"{error.code().name}: {error.details()}"
-        except Exception as error:
-            # Whatever it was, nobody may wait for this thread in vain.
-            reason = f"unreadable reply: {error}"
-        self.close(reason)
+    def _receive(self, message: bytes) -> None:
+        reply = decode_partial(message, self._segments)
+        if segment := self._lent.pop(reply.call_id, None):
+            self._segments.give_back(segment)
+        if reply.call_id in self._wanted:
+            self._arrived[reply.call_id] = reply
 
 
 class _StreamReply:
@@ -145,30 +140,19 @@ class _StreamReply:
         self._connection = connection
         self._call_id = call_id
         self._resend = resend
-        self._outcome: WireReply | CallFailed | None = None
-        self._open = threading.Lock()
-        self._open.acquire()
-
-    def set(self, outcome: WireReply | CallFailed) -> None:
-        """Once, by whoever took it out of the replies that are owed."""
-        self._outcome = outcome
-        self._open.release()
 
     def result(self, timeout_s: float | None = None) -> torch.Tensor:
-        if not self._open.acquire(timeout=-1 if timeout_s is None else timeout_s):
-            # A stream that owes a reply for so long owes the others that came after, too.
-            self._connection.close("no reply within the deadline")
-            self._open.acquire()
-        if isinstance(self._outcome, CallFailed):
-            raise self._outcome
-        assert self._outcome is not None, "set before the lock was opened"
-        if isinstance(self._outcome.error, SegmentUnreachable):
+        reply = self._connection.wait(self._call_id, timeout_s)
+        if isinstance(reply.error, SegmentUnreachable):
             self._connection.not_shared()
             return self._resend().result(timeout_s)
-        return _partial(self._outcome)
+        return _partial(reply)
 
     def cancel(self) -> None:
         self._connection.abandon(self._call_id)
+
+    def __del__(self) -> None:
+        self.cancel()
 
 
 class _UnaryReply:

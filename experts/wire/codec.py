@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypedDict
 
+import numpy as np
 import torch
 from google.protobuf.message import DecodeError
 
@@ -239,7 +240,7 @@ def _check(
             f"offsets: must rise from 0 to the number of token_rows ({num_rows}), not {offsets[0]} to {offsets[-1]}",
             "offsets",
         )
-    if num_rows and (rows.min() < 0 or rows.max() >= num_tokens):
+    if num_rows and rows.view(np.uint32).max() >= num_tokens:  # a negative row is a large one
         raise RequestError(f"token_rows: rows 0 to {num_tokens - 1} of hidden can be read", "token_rows")
     if len(weights_R) != num_rows:
         raise RequestError(f"weights: one per token_row ({num_rows}) expected, not {len(weights_R)}", "weights")

@@ -79,6 +79,7 @@ def split_frame(data: bytes | memoryview) -> tuple[bytes, memoryview]:
     """
     view = memoryview(data)
     head, body, position, end = [], view[:0], 0, len(view)
+    head_start = 0
     try:
         while position < end:
             start = position
@@ -97,10 +98,11 @@ def split_frame(data: bytes | memoryview) -> tuple[bytes, memoryview]:
                 raise IndexError
             if tag == _TAG_15[0]:
                 body = view[content:position]
-            else:
-                head.append(view[start:position])
+                head.append(view[head_start:start])
+                head_start = position
     except IndexError:
         raise RequestError(f"message: truncated after {end} bytes", "message") from None
+    head.append(view[head_start:end])
     return b"".join(head), body
 
 
@@ -190,7 +192,12 @@ def _varint(value: int) -> bytes:
 
 def _read_varint(view: memoryview, position: int) -> tuple[int, int]:
     """The varint at `position` and the position after it. IndexError past the end."""
-    value = shift = 0
+    value = view[position]
+    position += 1
+    if value < 0x80:
+        return value, position
+    value &= 0x7F
+    shift = 7
     while True:
         byte = view[position]
         position += 1

@@ -1,0 +1,274 @@
+"""One bidirectional gRPC stream over a TCP connection of its own, written and read by the threads that call.
+
+grpcio's own client passes every message through threads of its own (one that takes it, one that polls, each woken more
+than once), and waking those takes longer than the experts of a decode step. Here the calling thread writes to the socket, and whoever waits
+reads from it. This is the client's half of HTTP/2 (RFC 9113) as far as a single gRPC stream needs it (gRPC over HTTP2,
+grpc/doc/PROTOCOL-HTTP2.md): headers once, messages in DATA frames, flow control, pings, and the trailers that end it.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import cast
+from urllib.parse import unquote
+
+import grpc
+from hpack import Decoder, Encoder
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
+_ACK = _END_STREAM = 0x1
+_END_HEADERS, _PADDED, _PRIORITY = 0x4, 0x8, 0x20
+_ENABLE_PUSH, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE = 2, 4, 5
+_STREAM = 1
+_FRAME_HEAD = 9
+_WINDOW, _LARGEST_WINDOW, _LARGEST_FRAME = 2**16 - 1, 2**31 - 1, 2**24 - 1
+# Bytes received after which the peer may send as many again.
+_ACKNOWLEDGED_BYTES = 2**30
+_READ_BYTES = 256 * 1024
+_CONNECT_TIMEOUT_S = 5.0
+# A machine that is gone answers no probe; of a process that is gone, the kernel closes the socket.
+_PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 1, "TCP_USER_TIMEOUT": 15_000}
+_CODES: dict[int, str] = {code.value[0]: code.name for code in grpc.StatusCode}
+
+
+class StreamClosed(Exception):
+    """The stream has ended, or never began; says why."""
+
+
+class GrpcStream:
+    """A stream to `method` at `address` (host:port). Thread-safe; dies with its first error.
+
+    receive: called with each message, by whichever thread reads
+
+    Raises StreamClosed where nobody listens.
+    """
+
+    def __init__(self, address: str, method: str, receive: Callable[[bytes], None], *, max_message_bytes: int) -> None:
+        self._receive = receive
+        self._max_message_bytes = max_message_bytes
+        self._error: StreamClosed | None = None
+        self._changed = threading.Condition()
+        self._reading = False
+        self._draining = False
+        self._one_message = threading.Lock()
+        self._one_write = threading.Lock()
+        # What the peer lets us send, on the connection and on the stream.
+        self._windows = {0: _WINDOW, _STREAM: _WINDOW}
+        self._initial_window = _WINDOW
+        self._max_frame = 2**14
+        self._received_bytes = 0
+        self._input = bytearray()
+        self._partial = bytearray()
+        self._header_block = bytearray()
+        self._ends_stream = False
+        self._decoder = Decoder()
+        host, _, port = address.rpartition(":")
+        try:
+            self._socket = socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S)
+        except OSError as error:
+            raise StreamClosed(f"UNAVAILABLE: {error}") from error
+        self._socket.settimeout(None)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _PROBES.items():
+            if hasattr(socket, name):
+                self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
+        settings = ((_ENABLE_PUSH, 0), (_INITIAL_WINDOW_SIZE, _LARGEST_WINDOW), (_MAX_FRAME_SIZE, _LARGEST_FRAME))
+        headers = [
+            *((":method", "POST"), (":scheme", "http"), (":path", method), (":authority", address)),
+            *(("content-type", "application/grpc"), ("te", "trailers")),
+        ]
+        self._write(
+            _PREFACE,
+            _frame(_SETTINGS, 0, 0, b"".join(struct.pack(">HI", *setting) for setting in settings)),
+            _frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", _LARGEST_WINDOW - _WINDOW)),
+            _frame(_HEADERS, _END_HEADERS, _STREAM, Encoder().encode(headers)),
+        )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a message can still be sent, as far as what has arrived says."""
+        with self._changed:
+            unasked = not self._reading and self._error is None and self._has_input(0)
+            self._reading |= unasked
+        if unasked:
+            self._read(lambda: not self._has_input(0), None)
+        return self._error is None and not self._draining
+
+    def send(self, message: bytes) -> None:
+        """Write a message; waits while the peer's flow control says so. Raises StreamClosed."""
+        with self._one_message:
+            left = memoryview(struct.pack(">BI", 0, len(message)) + message)
+            while left:
+                if min(self._windows.values()) <= 0:
+                    self.read_until(lambda: min(self._windows.values()) > 0)
+                with self._changed:
+                    size = min(len(left), self._max_frame, *self._windows.values())
+                    for stream in self._windows:
+                        self._windows[stream] -= size
+                self._write(_frame_head(_DATA, 0, _STREAM, size), left[:size])
+                left = left[size:]
+
+    def read_until(self, done: Callable[[], bool], timeout_s: float | None = None) -> None:
+        """Return once `done()`, which only received messages change; one of the threads that wait reads for all.
+
+        Raises StreamClosed once the stream is dead, which it is too where this took longer than `timeout_s`.
+        """
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            with self._changed:
+                while self._reading and self._error is None and not done():
+                    if not self._changed.wait(_left(until)):
+                        self._end("DEADLINE_EXCEEDED: no reply within the deadline")
+                if done():
+                    return
+                if self._error is not None:
+                    raise self._error
+                self._reading = True
+            self._read(done, until)
+
+    def close(self, reason: str) -> None:
+        """End the stream; whoever waits gets `reason`."""
+        with self._changed:
+            self._end(reason)
+
+    def _end(self, reason: str) -> None:
+        if self._error is None:
+            self._error = StreamClosed(reason)
+            with suppress(OSError):  # the peer was faster
+                self._socket.shutdown(socket.SHUT_RDWR)  # wakes who reads
+            self._socket.close()
+        self._changed.notify_all()
+
+    def _write(self, *pieces: bytes | memoryview) -> None:
+        try:
+            with self._one_write:
+                self._socket.sendall(b"".join(pieces))
+        except OSError as error:
+            self.close(f"UNAVAILABLE: {error}")
+        if self._error is not None:
+            raise self._error
+
+    def _read(self, done: Callable[[], bool], until: float | None) -> None:
+        """Read until `done()` or the end, as the one thread that reads; errors are left in `_error`."""
+        try:
+            while self._error is None and not done():
+                if self._has_input(_left(until)):
+                    self._take_frame()
+                else:
+                    self.close("DEADLINE_EXCEEDED: no reply within the deadline")
+        except Exception as error:
+            # Whatever it was, the stream cannot be followed any more.
+            self.close(f"UNAVAILABLE: {error}" if isinstance(error, OSError) else str(error))
+        finally:
+            with self._changed:
+                self._reading = False
+                self._changed.notify_all()
+
+    def _has_input(self, timeout_s: float | None) -> bool:
+        return bool(self._input or self._poll.poll(None if timeout_s is None else timeout_s * 1e3))
+
+    def _bytes(self, size: int) -> bytearray:
+        """The next `size` bytes."""
+        while len(self._input) < size:
+            received = self._socket.recv(max(_READ_BYTES, size - len(self._input)))
+            if not received:
+                raise StreamClosed("UNAVAILABLE: the connection was closed by the peer")
+            self._input += received
+        taken = self._input[:size]
+        del self._input[:size]
+        return taken
+
+    def _take_frame(self) -> None:
+        head = self._bytes(_FRAME_HEAD)
+        size, kind, flags = int.from_bytes(head[:3], "big"), head[3], head[4]
+        stream = int.from_bytes(head[5:], "big") & _LARGEST_WINDOW
+        content = self._bytes(size)
+        if kind == _DATA:
+            self._take_data(_without_padding(content, flags), size)
+        elif kind in (_HEADERS, _CONTINUATION):
+            if kind == _HEADERS:
+                content = _without_padding(content, flags)[5 if flags & _PRIORITY else 0 :]
+                self._ends_stream = bool(flags & _END_STREAM)
+            self._header_block += content
+            if flags & _END_HEADERS:
+                self._take_headers()
+        elif kind == _SETTINGS and not flags & _ACK:
+            self._take_settings(content)
+        elif kind == _PING and not flags & _ACK:
+            self._write(_frame(_PING, _ACK, 0, content))
+        elif kind == _WINDOW_UPDATE:
+            with self._changed:
+                self._windows[stream] += int.from_bytes(content, "big") & _LARGEST_WINDOW
+                self._changed.notify_all()
+        elif kind == _GOAWAY:
+            self._draining = True  # the peer answers what it has
+            if code := int.from_bytes(content[4:8], "big"):
+                raise StreamClosed(f"UNAVAILABLE: the peer ended the connection (HTTP/2 error {code})")
+        elif kind == _RST_STREAM:
+            raise StreamClosed(
+                f"UNAVAILABLE: the peer reset the stream (HTTP/2 error {int.from_bytes(content, 'big')})"
+            )
+
+    def _take_data(self, content: bytearray, frame_bytes: int) -> None:
+        self._received_bytes += frame_bytes
+        if self._received_bytes >= _ACKNOWLEDGED_BYTES:
+            more = struct.pack(">I", self._received_bytes)
+            self._received_bytes = 0
+            self._write(_frame(_WINDOW_UPDATE, 0, 0, more), _frame(_WINDOW_UPDATE, 0, _STREAM, more))
+        self._partial += content
+        while len(self._partial) >= 5:
+            compressed, size = struct.unpack_from(">BI", self._partial)
+            if compressed or size > self._max_message_bytes:
+                raise StreamClosed(f"RESOURCE_EXHAUSTED: a message of {size} bytes, or one that is compressed")
+            if len(self._partial) < 5 + size:
+                return
+            message = bytes(memoryview(self._partial)[5 : 5 + size])
+            del self._partial[: 5 + size]
+            self._receive(message)
+
+    def _take_headers(self) -> None:
+        headers = cast(dict[str, str], dict(self._decoder.decode(bytes(self._header_block))))
+        self._header_block.clear()
+        if headers.get(":status", "200") != "200":
+            raise StreamClosed(f"UNAVAILABLE: the peer answered with HTTP status {headers[':status']}")
+        if self._ends_stream:
+            code = int(headers.get("grpc-status", 2))
+            details = unquote(headers.get("grpc-message", ""))
+            raise StreamClosed(f"{_CODES.get(code, code)}: {details}" if code else "the stream was closed by the peer")
+
+    def _take_settings(self, content: bytearray) -> None:
+        with self._changed:
+            for key, value in struct.iter_unpack(">HI", content):
+                if key == _INITIAL_WINDOW_SIZE:
+                    self._windows[_STREAM] += value - self._initial_window
+                    self._initial_window = value
+                elif key == _MAX_FRAME_SIZE:
+                    self._max_frame = value
+            self._changed.notify_all()
+        self._write(_frame(_SETTINGS, _ACK, 0, b""))
+
+
+def _frame_head(kind: int, flags: int, stream: int, size: int) -> bytes:
+    return struct.pack(">I", size)[1:] + struct.pack(">BBI", kind, flags, stream)
+
+
+def _frame(kind: int, flags: int, stream: int, content: bytes | bytearray) -> bytes:
+    return _frame_head(kind, flags, stream, len(content)) + content
+
+
+def _without_padding(content: bytearray, flags: int) -> bytearray:
+    return content[1 : len(content) - content[0]] if flags & _PADDED else content
+
+
+def _left(until: float | None) -> float | None:
+    return None if until is None else max(0.0, until - time.monotonic())
