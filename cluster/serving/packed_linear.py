@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from experts.ops.cpu_threads import ThreadTeam
-from experts.ops.packed_matmul import compiled_matmul, pack_matrix, packed_matmul
+from experts.ops.packed_matmul import pack_exactly, packed_matmul
 
 
 class PackedLinear(nn.Module):
@@ -20,12 +20,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        weight, narrow = linear.weight.detach(), linear.weight.detach().bfloat16()
-        # A bfloat16 checkpoint's, which CPUs hold in float32, lose nothing.
-        held = narrow if narrow.float().equal(weight) else weight
-        self._matrix = pack_matrix(held, None if linear.bias is None else linear.bias.detach())
+        self._matrix = pack_exactly(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
         self._team = team
-        compiled_matmul(self._matrix)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden.reshape(-1, self.in_features)

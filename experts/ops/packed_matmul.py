@@ -57,18 +57,26 @@ class PackedMatrix:
 def pack_matrix(
     weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, *, scale_O: torch.Tensor | None = None
 ) -> PackedMatrix:
-    """`weight_OI`, in a dtype of HELD, laid out in panels for this CPU."""
+    """`weight_OI`, in a dtype of HELD, laid out in panels for this CPU; the product is compiled before any call."""
     # Loads LLVM, which a process without experts on CPU does not need.
     from experts.ops._numba.packed_matmul import PANEL
 
     num_outputs, num_inputs = weight_OI.shape
     padding = -num_outputs % PANEL
-    return PackedMatrix(
+    matrix = PackedMatrix(
         panels=F.pad(weight_OI, (0, 0, 0, padding)).view(-1, PANEL, num_inputs).transpose(1, 2).contiguous(),
         num_outputs=num_outputs,
         scale_PL=None if scale_O is None else F.pad(scale_O.float(), (0, padding)).view(-1, PANEL),
         bias_PL=None if bias_O is None else F.pad(bias_O.float(), (0, padding)).view(-1, PANEL),
     )
+    compiled_matmul(matrix)
+    return matrix
+
+
+def pack_exactly(weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> PackedMatrix:
+    """A float32 weight; in half the bytes where its values are bfloat16 numbers, as most checkpoints' are."""
+    narrow_OI = weight_OI.bfloat16()
+    return pack_matrix(narrow_OI if narrow_OI.float().equal(weight_OI) else weight_OI, bias_O)
 
 
 def packed_matmul(matrix: PackedMatrix, rows_RI: torch.Tensor, team: ThreadTeam | None = None) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """One bidirectional gRPC stream over a TCP connection of its own, written and read by the threads that call.
 
 grpcio's own client passes every message through threads of its own (one that takes it, one that polls, each woken more
-than once), and waking those takes longer than the experts of a decode step. Here the calling thread writes to the socket, and whoever waits
-reads from it. This is the client's half of HTTP/2 (RFC 9113) as far as a single gRPC stream needs it (gRPC over HTTP2,
-grpc/doc/PROTOCOL-HTTP2.md): headers once, messages in DATA frames, flow control, pings, and the trailers that end it.
+than once), and waking those takes longer than the experts of a decode step. Here the calling thread writes to the
+socket, and whoever waits reads from it. This is the client's half of HTTP/2 (RFC 9113) as far as a single gRPC stream
+needs it (grpc/doc/PROTOCOL-HTTP2.md): headers once, messages in DATA frames, flow control, pings, and the trailers that
+end it.
 """
 
 from __future__ import annotations

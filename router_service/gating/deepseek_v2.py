@@ -12,7 +12,7 @@ import torch
 from router_service.gating.choice import choose
 from router_service.gating.expert_groups import keep_best_groups
 from router_service.gating.gate import ChoiceLimit, GateOutput, GateSpec
-from router_service.gating.logits import gate_logits
+from router_service.gating.logits import GateLogits
 
 
 class DeepseekV2Gate:
@@ -20,11 +20,11 @@ class DeepseekV2Gate:
 
     def __init__(self, spec: GateSpec, weight_EH: torch.Tensor) -> None:
         self._spec = spec
-        self._weight_EH = weight_EH.float()
+        self._logits = GateLogits(weight_EH)
 
     def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
         spec = self._spec
-        scores_TE = gate_logits(hidden_TH, self._weight_EH).softmax(dim=-1)
+        scores_TE = self._logits(hidden_TH).softmax(dim=-1)
         if spec.n_group is not None and spec.topk_group is not None:
             group_scores_TG = scores_TE.view(len(scores_TE), spec.n_group, -1).amax(dim=-1)
             scores_TE = keep_best_groups(scores_TE, group_scores_TG, spec.topk_group, 0.0)

@@ -11,7 +11,7 @@ import torch
 from router_service.gating.choice import choose
 from router_service.gating.expert_groups import keep_best_groups
 from router_service.gating.gate import ChoiceLimit, GateOutput, GateSpec
-from router_service.gating.logits import gate_logits
+from router_service.gating.logits import GateLogits
 
 
 class DeepseekV3Gate:
@@ -19,12 +19,12 @@ class DeepseekV3Gate:
 
     def __init__(self, spec: GateSpec, weight_EH: torch.Tensor, bias_E: torch.Tensor) -> None:
         self._spec = spec
-        self._weight_EH = weight_EH.float()
+        self._logits = GateLogits(weight_EH)
         self._bias_E = bias_E.float()
 
     def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
         spec = self._spec
-        scores_TE = gate_logits(hidden_TH, self._weight_EH).sigmoid()
+        scores_TE = self._logits(hidden_TH).sigmoid()
         choice_TE = scores_TE + self._bias_E
         if spec.n_group is not None and spec.topk_group is not None and spec.n_group > 1:
             group_scores_TG = choice_TE.view(len(choice_TE), spec.n_group, -1).topk(2, dim=-1).values.sum(dim=-1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from router_service.gating.choice import choose
 from router_service.gating.gate import ChoiceLimit, GateOutput, GateSpec
-from router_service.gating.logits import gate_logits
+from router_service.gating.logits import GateLogits
 
 
 class DeepseekV4Gate:
@@ -19,11 +19,11 @@ class DeepseekV4Gate:
 
     def __init__(self, spec: GateSpec, weight_EH: torch.Tensor, bias_E: torch.Tensor) -> None:
         self._spec = spec
-        self._weight_EH = weight_EH.float()
+        self._logits = GateLogits(weight_EH)
         self._bias_E = bias_E.float()
 
     def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
-        scores_TE = F.softplus(gate_logits(hidden_TH, self._weight_EH)).sqrt()
+        scores_TE = F.softplus(self._logits(hidden_TH)).sqrt()
         chosen = choose(scores_TE + self._bias_E, scores_TE, self._spec.num_experts_per_tok, limit)
         weights_TK = chosen.weights_TK / (chosen.weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
         return chosen._replace(weights_TK=weights_TK * self._spec.routed_scaling_factor)

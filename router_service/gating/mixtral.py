@@ -10,7 +10,7 @@ import torch
 
 from router_service.gating.choice import choose, normalised
 from router_service.gating.gate import ChoiceLimit, GateOutput, GateSpec
-from router_service.gating.logits import gate_logits
+from router_service.gating.logits import GateLogits
 
 
 class MixtralGate:
@@ -18,9 +18,9 @@ class MixtralGate:
 
     def __init__(self, spec: GateSpec, weight_EH: torch.Tensor) -> None:
         self._top_k = spec.num_experts_per_tok
-        self._weight_EH = weight_EH.float()
+        self._logits = GateLogits(weight_EH)
 
     def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
-        scores_TE = gate_logits(hidden_TH, self._weight_EH).softmax(dim=-1)
+        scores_TE = self._logits(hidden_TH).softmax(dim=-1)
         chosen = choose(scores_TE, scores_TE, self._top_k, limit)
         return chosen._replace(weights_TK=normalised(chosen.weights_TK))

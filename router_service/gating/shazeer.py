@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from router_service.gating.choice import choose
 from router_service.gating.gate import ChoiceLimit, GateOutput, GateSpec
-from router_service.gating.logits import gate_logits
+from router_service.gating.logits import GateLogits
 
 
 class ShazeerGate:
@@ -28,14 +28,14 @@ class ShazeerGate:
         generator: torch.Generator | None = None,
     ) -> None:
         self._top_k = spec.num_experts_per_tok
-        self._weight_EH = weight_EH.float()
-        self._noise_EH = None if noise_EH is None else noise_EH.float()
+        self._logits = GateLogits(weight_EH)
+        self._noise_logits = None if noise_EH is None else GateLogits(noise_EH)
         self._generator = generator
 
     def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
-        logits_TE = gate_logits(hidden_TH, self._weight_EH)
-        if self._noise_EH is not None:
+        logits_TE = self._logits(hidden_TH)
+        if self._noise_logits is not None:
             normal_TE = torch.randn(logits_TE.shape, generator=self._generator, device=logits_TE.device)
-            logits_TE = logits_TE + normal_TE * F.softplus(gate_logits(hidden_TH, self._noise_EH))
+            logits_TE = logits_TE + normal_TE * F.softplus(self._noise_logits(hidden_TH))
         chosen = choose(logits_TE, logits_TE, self._top_k, limit)
         return chosen._replace(weights_TK=chosen.weights_TK.softmax(dim=-1))
