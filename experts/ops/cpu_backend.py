@@ -12,7 +12,7 @@ from experts.errors import ConfigError
 from experts.ops.cpu_format import FORMATS, has_fp16
 from experts.ops.cpu_threads import ThreadTeam
 from experts.ops.packed_matmul import PackedMatrix
-from experts.ops.unpermute import unpermute
+from experts.ops.unpermute import compiled_unpermute, unpermute
 from experts.quant.fp8_block import Fp8Block
 from experts.quant.scheme import QuantisedWeight
 from experts.spec import ExpertSpec, ExpertWeights
@@ -77,6 +77,7 @@ class CpuBackend:
         formats = packed_up.format, packed_down.format
         if formats not in self._compiled:
             spec = self._spec
+            compiled_unpermute()
             self._compiled[formats] = compile_expert_mlp(
                 spec.activation, gated=spec.gated, biased=spec.bias, up_format=formats[0], down_format=formats[1]
             )

@@ -18,7 +18,7 @@ def unpermute(
     partial_TH = torch.zeros(num_tokens, out_RH.shape[1])
     # Rows may be further apart than they are long.
     padded_RP = out_RH.as_strided((len(out_RH), out_RH.stride(0)), out_RH.stride())
-    _compiled()(padded_RP.numpy(), token_rows_R.numpy(), weights_R.float().numpy(), partial_TH.numpy())
+    compiled_unpermute()(padded_RP.numpy(), token_rows_R.numpy(), weights_R.float().numpy(), partial_TH.numpy())
     return partial_TH
 
 
@@ -31,7 +31,8 @@ def unpermute_reference(
 
 
 @cache
-def _compiled() -> Callable[..., None]:
+def compiled_unpermute() -> Callable[..., None]:
+    """What `unpermute` runs; the first call compiles it, a tenth of a second."""
     # Loads LLVM, which a process without experts on CPU does not need.
     from experts.ops._numba.unpermute import compile_unpermute
 
