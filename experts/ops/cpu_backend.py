@@ -11,21 +11,18 @@ import torch
 from experts.errors import ConfigError
 from experts.ops.cpu_format import FORMATS, has_fp16
 from experts.ops.cpu_threads import ThreadTeam
-from experts.ops.packed_matmul import PackedMatrix
+from experts.ops.packed_matmul import ROWS_A_READ, PackedMatrix
 from experts.ops.unpermute import compiled_unpermute, unpermute
 from experts.quant.fp8_block import Fp8Block
 from experts.quant.scheme import QuantisedWeight
 from experts.spec import ExpertSpec, ExpertWeights
 
-# Reading an expert's matrices takes as long as multiplying so many rows with them, in any format.
-_READ_ROWS = 12
 # Rows (and reads) of a task: beyond, what lies between the matrices leaves the cache.
 _MOST_ROWS = 160
 # Rows of one expert below which its task is not split.
 _LEAST_ROWS = 64
 # Work that reads so many bytes is done before another thread is awake.
 _ALONE_BYTES = 16 << 20
-
 
 # What `experts.ops._numba.expert_mlp` is compiled for besides the spec: formats of up and of down.
 Formats = tuple[str, str]
@@ -68,15 +65,19 @@ class CpuBackend:
 
     def load(self, slot: int, weights: ExpertWeights) -> None:
         """Pack one expert; float8 weights with block scales are widened first."""
+        spec = self._spec
         up = _widen(weights.up_2IH, weights.up_scale)
         down = _widen(weights.down_HI, weights.down_scale)
+        # Compiled code reads as many bytes as the spec says.
+        assert up.shape == (spec.intermediate_size * (2 if spec.gated else 1), spec.hidden_size)
+        assert down.shape == (spec.hidden_size, spec.intermediate_size)
+        assert (weights.up_bias_2I is not None) == (weights.down_bias_H is not None) == spec.bias
         # Loads LLVM, which a process without experts on CPU does not need.
         from experts.ops._numba.expert_mlp import compile_expert_mlp
 
         packed_up, packed_down = self._pack(up, weights.up_bias_2I), self._pack(down, weights.down_bias_H)
         formats = packed_up.format, packed_down.format
         if formats not in self._compiled:
-            spec = self._spec
             compiled_unpermute()
             self._compiled[formats] = compile_expert_mlp(
                 spec.activation, gated=spec.gated, biased=spec.bias, up_format=formats[0], down_format=formats[1]
@@ -138,8 +139,8 @@ class CpuBackend:
 
     def _tasks(self, slots: list[int], offsets: list[int]) -> list[_Task]:
         """Work in pieces of like size: two for each thread, or more where there is much; one where there is little."""
-        total = _READ_ROWS * len(slots) + offsets[-1]
-        alone = self._team.num_threads == 1 or total / _READ_ROWS * self.nbytes(slots[0]) < _ALONE_BYTES
+        total = ROWS_A_READ * len(slots) + offsets[-1]
+        alone = self._team.num_threads == 1 or total / ROWS_A_READ * self.nbytes(slots[0]) < _ALONE_BYTES
         enough = _MOST_ROWS if alone else min(_MOST_ROWS, total / (2 * self._team.num_threads))
         if total <= enough and len(self._compiled) == 1:
             return [_Task(self._formats[slots[0]], slots, offsets)]
@@ -151,7 +152,7 @@ class CpuBackend:
             pieces = -(-rows // most)
             for piece in range(pieces):
                 first, last = start + rows * piece // pieces, start + rows * (piece + 1) // pieces
-                cost = _READ_ROWS + last - first
+                cost = ROWS_A_READ + last - first
                 if size + cost / 2 > enough or self._formats[slot] != tasks[-1].formats:
                     tasks.append(_Task(self._formats[slot], [], [first]))
                     size = 0

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from experts.ops.cpu_threads import ThreadTeam
 
-# Reading a matrix takes as long as multiplying so many rows with it.
-_ROWS_A_READ = 8
+# Reading a matrix takes about as long as multiplying so many rows with it.
+ROWS_A_READ = 8
 # Bytes to read, or as much arithmetic, that pay for waking a second thread.
 _SHARED_WORK = 8 << 20
 # What a packed matrix may hold.
@@ -64,7 +64,7 @@ def pack_matrix(
     num_outputs, num_inputs = weight_OI.shape
     padding = -num_outputs % PANEL
     matrix = PackedMatrix(
-        panels=F.pad(weight_OI, (0, 0, 0, padding)).view(-1, PANEL, num_inputs).transpose(1, 2).contiguous(),
+        panels=F.pad(weight_OI, (0, 0, 0, padding)).reshape(-1, PANEL, num_inputs).transpose(1, 2).contiguous(),
         num_outputs=num_outputs,
         scale_PL=None if scale_O is None else F.pad(scale_O.float(), (0, padding)).view(-1, PANEL),
         bias_PL=None if bias_O is None else F.pad(bias_O.float(), (0, padding)).view(-1, PANEL),
@@ -95,7 +95,7 @@ def packed_matmul(matrix: PackedMatrix, rows_RI: torch.Tensor, team: ThreadTeam 
     starts = np.array([0, len(rows_RI)])
     matmul = compiled_matmul(matrix)
     panels, scale, bias = matrix.addresses()
-    work = matrix.nbytes * (1 + len(rows_RI) / _ROWS_A_READ)
+    work = matrix.nbytes * (1 + len(rows_RI) / ROWS_A_READ)
     pieces = 1 if team is None or work < _SHARED_WORK else team.num_threads
 
     def run(piece: int) -> None:
