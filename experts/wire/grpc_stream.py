@@ -20,7 +20,6 @@ from typing import cast
 from urllib.parse import unquote
 
 import grpc
-from hpack import Decoder, Encoder
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
@@ -52,6 +51,9 @@ class GrpcStream:
     """
 
     def __init__(self, address: str, method: str, receive: Callable[[bytes], None], *, max_message_bytes: int) -> None:
+        # Servers, and machines whose groups are all in the engine's process, do without it.
+        from hpack import Decoder, Encoder
+
         self._receive = receive
         self._max_message_bytes = max_message_bytes
         self._error: StreamClosed | None = None
