@@ -52,6 +52,12 @@ def local_ray(tmp_path_factory):
     ray.shutdown()
 
 
+def call_until_it_fails(transport, replica, call):
+    """Ray kills by message: calls that overtake it are still answered."""
+    while True:
+        transport.send(replica, call).result(20)
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_calls_reach_actors_of_both_kinds_and_failures_are_told_apart(make_call):
     transport = RayRefsTransport("mesh")
@@ -66,8 +72,7 @@ def test_calls_reach_actors_of_both_kinds_and_failures_are_told_apart(make_call)
             transport.send(replica, make_call(torch.ones(1, 4), layer=3)).result(20)
         ray.kill(actor)
         with pytest.raises(TransportError, match=r"Died|Unavailable|no actor"):
-            while True:  # Ray kills by message: calls on their way may still be answered
-                transport.send(replica, make_call(torch.ones(1, 4))).result(20)
+            call_until_it_fails(transport, replica, make_call(torch.ones(1, 4)))
     with pytest.raises(TransportError, match="no actor 'nobody'"):
         transport.send(
             GroupReplica(group=1, replica="x", node="n", address="", actor="nobody"),
