@@ -211,19 +211,27 @@ def test_what_is_no_http2_ends_the_stream() -> None:
             client.receive(1)
 
 
-def test_pings_are_answered_while_somebody_reads() -> None:
-    ready = threading.Event()
+def test_pings_are_answered_while_somebody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered, ready = threading.Semaphore(0), threading.Event()
+    write = GrpcStream._write
+
+    def counted(stream: GrpcStream, *pieces: bytes) -> None:
+        write(stream, *pieces)
+        if pieces[0][3:5] == b"\x06\x01":  # PING, ACK
+            answered.release()
 
     def slow(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         request = next(requests)
         ready.wait(30)
         yield request
 
-    options = {"keepalive_time_ms": 100, "keepalive_timeout_ms": 300, "http2.max_pings_without_data": 0}
+    monkeypatch.setattr(GrpcStream, "_write", counted)
+    options = {"keepalive_time_ms": 100, "keepalive_timeout_ms": 5000, "http2.max_pings_without_data": 0}
     with serving(slow, **options) as (_, address), ThreadPoolExecutor(1) as threads:
         client = Client(address)
         client.send(1, b"x")
         waiting = threads.submit(client.receive, 1)
-        assert not ready.wait(1.5)  # several pings, each with a deadline of 0.3 s
+        for _ in range(3):
+            assert answered.acquire(timeout=30)
         ready.set()
         assert waiting.result(30) == b"x"
