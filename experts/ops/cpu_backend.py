@@ -28,6 +28,16 @@ _ALONE_BYTES = 16 << 20
 Formats = tuple[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """An expert's matrices, and what compiled code wants to know of them: formats, and addresses of up's and down's."""
+
+    up: PackedMatrix
+    down: PackedMatrix
+    formats: Formats
+    addresses: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class _Task:
     """Neighbouring experts of the same formats: their slots, and where each one's rows start and the last one's end."""
@@ -58,9 +68,7 @@ class CpuBackend:
         self._spec = spec
         self._pack = FORMATS[quantization]
         self._team = ThreadTeam(num_threads)
-        self._slots: dict[int, tuple[PackedMatrix, PackedMatrix]] = {}
-        self._formats: dict[int, Formats] = {}
-        self._addresses: dict[int, tuple[int, ...]] = {}
+        self._slots: dict[int, _Slot] = {}
         self._compiled: dict[Formats, Callable[..., None]] = {}
 
     def load(self, slot: int, weights: ExpertWeights) -> None:
@@ -82,13 +90,12 @@ class CpuBackend:
             self._compiled[formats] = compile_expert_mlp(
                 spec.activation, gated=spec.gated, biased=spec.bias, up_format=formats[0], down_format=formats[1]
             )
-        self._slots[slot] = packed_up, packed_down
-        self._formats[slot] = formats
-        self._addresses[slot] = (*packed_up.addresses(), *packed_down.addresses())
+        addresses = (*packed_up.addresses(), *packed_down.addresses())
+        self._slots[slot] = _Slot(packed_up, packed_down, formats, addresses)
 
     def free(self, slot: int) -> None:
         """Forget `slot`."""
-        del self._slots[slot], self._formats[slot], self._addresses[slot]
+        del self._slots[slot]
 
     def use_threads(self, num_threads: int) -> None:
         """Calls from now on use so many cores; one that runs goes on with those that it has."""
@@ -97,8 +104,8 @@ class CpuBackend:
 
     def nbytes(self, slot: int) -> int:
         """Bytes that a slot's matrices take, and that a call of one row reads."""
-        up, down = self._slots[slot]
-        return up.nbytes + down.nbytes
+        held = self._slots[slot]
+        return held.up.nbytes + held.down.nbytes
 
     def forward(
         self,
@@ -112,24 +119,24 @@ class CpuBackend:
         if not len(token_rows_R):
             return torch.zeros(len(hidden_TH), self._spec.hidden_size)
         tasks = self._tasks(slots_S.tolist(), offsets_S1.tolist())
-        spec, (up, down) = self._spec, self._slots[tasks[0].slots[0]]
+        spec, some = self._spec, self._slots[tasks[0].slots[0]]
         limit = float("inf") if spec.limit is None else spec.limit
         tokens, token_rows = hidden_TH.float().contiguous().numpy(), token_rows_R.numpy()
-        out_RP = np.empty((len(token_rows), down.num_columns), np.float32)
+        out_RP = np.empty((len(token_rows), some.down.num_columns), np.float32)
 
         def run(index: int) -> None:
             task = tasks[index]
             num_rows = task.starts[-1] - task.starts[0]
             self._compiled[task.formats](
-                np.array([self._addresses[slot] for slot in task.slots]).T.copy(),
-                np.array([len(up.panels), len(down.panels)]),
+                np.array([self._slots[slot].addresses for slot in task.slots]).T.copy(),
+                np.array([len(some.up.panels), len(some.down.panels)]),
                 np.array(task.starts),
                 tokens,
                 token_rows,
                 limit,
                 spec.up_shift,
                 np.empty((num_rows, spec.hidden_size), np.float32),
-                np.empty((num_rows, up.num_columns), np.float32),
+                np.empty((num_rows, some.up.num_columns), np.float32),
                 np.empty((num_rows, spec.intermediate_size), np.float32),
                 out_RP,
             )
@@ -143,18 +150,18 @@ class CpuBackend:
         alone = self._team.num_threads == 1 or total / ROWS_A_READ * self.nbytes(slots[0]) < _ALONE_BYTES
         enough = _MOST_ROWS if alone else min(_MOST_ROWS, total / (2 * self._team.num_threads))
         if total <= enough and len(self._compiled) == 1:
-            return [_Task(self._formats[slots[0]], slots, offsets)]
+            return [_Task(self._slots[slots[0]].formats, slots, offsets)]
         most = max(_LEAST_ROWS, int(enough))
         tasks: list[_Task] = []
         size = enough
         for slot, start, end in zip(slots, offsets, offsets[1:], strict=False):
-            rows = end - start
+            rows, formats = end - start, self._slots[slot].formats
             pieces = -(-rows // most)
             for piece in range(pieces):
                 first, last = start + rows * piece // pieces, start + rows * (piece + 1) // pieces
                 cost = ROWS_A_READ + last - first
-                if size + cost / 2 > enough or self._formats[slot] != tasks[-1].formats:
-                    tasks.append(_Task(self._formats[slot], [], [first]))
+                if size + cost / 2 > enough or formats != tasks[-1].formats:
+                    tasks.append(_Task(formats, [], [first]))
                     size = 0
                 tasks[-1].slots.append(slot)
                 tasks[-1].starts.append(last)
