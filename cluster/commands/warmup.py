@@ -13,7 +13,7 @@ import typer
 from cluster.config.load import load_mesh
 from cluster.config.mesh import MeshConfig
 from cluster.model_files import open_checkpoint, pick_device, pick_dtype
-from experts.ops.tuning import cache_path
+from experts.ops.cache_directory import cache_directory
 from experts.spec import ExpertKey
 from experts.weights.layout import describe_experts
 from experts.weights.loader import load_experts
@@ -28,7 +28,7 @@ def command(mesh: Annotated[Path, typer.Argument(help="mesh.yaml")]) -> None:
         click.echo("This machine computes experts on its CPU: nothing to compile or tune.")
         return
     warm_up(config, device, click.echo)
-    click.echo(f"kept in {cache_path()}")
+    click.echo(f"kept in {cache_directory()}")
 
 
 def warm_up(config: MeshConfig, device: torch.device, report: Callable[[str], None]) -> None:

@@ -11,26 +11,18 @@ from pathlib import Path
 import torch
 
 from experts.errors import ConfigError
+from experts.ops.cache_directory import cache_directory
 from experts.ops.known_cards import ROW_BUCKETS, bucket_of, candidates
 from experts.ops.projection import Projection
 from experts.ops.tile_config import TileConfig
-
-
-def cache_path() -> Path:
-    """`$EXPERTMESH_CACHE_DIR/tiles.json`, else in the user's cache directory."""
-    root = os.environ.get("EXPERTMESH_CACHE_DIR")
-    if root is None:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(base) / "expertmesh" / "tiles.json"
-    return Path(root) / "tiles.json"
 
 
 class TileCache:
     """Measured choices on disk: one JSON object, key to TileConfig's fields."""
 
     def __init__(self, path: Path | None = None) -> None:
-        """Read `path` (default `cache_path()`) where it exists; ConfigError when it cannot be read as such."""
-        self.path = path or cache_path()
+        """Read `path` (default: tiles.json in `cache_directory()`) where it exists; ConfigError when it is no such."""
+        self.path = path or cache_directory() / "tiles.json"
         self._choices: dict[str, TileConfig] = {}
         if not self.path.exists():
             return

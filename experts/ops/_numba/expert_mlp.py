@@ -6,9 +6,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from numba import njit, types
+from numba import types
 
 from experts.ops._numba.activations import COMPILED
+from experts.ops._numba.object_cache import compiled
 from experts.ops._numba.packed_matmul import compile_matmul
 
 
@@ -78,5 +79,5 @@ def compile_expert_mlp(
         *(types.int64[:, ::1], types.int64[::1], types.int64[::1]),
         *(floats, types.int32[:], single, single, floats, floats, floats, floats),
     )
-    compiled: Callable[..., None] = njit([signature], nogil=True, error_model="numpy")(expert_mlp)
-    return compiled
+    variant = activation, gated, biased, up_format, down_format
+    return compiled(expert_mlp, signature, variant=variant, error_model="numpy")

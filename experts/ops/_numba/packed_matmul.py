@@ -16,9 +16,11 @@ from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from experts.ops._numba.object_cache import compiled
 
 # AVX-512 has 32 registers of 16 numbers; elsewhere 16 of 8 is what there is at least.
 _LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
@@ -111,8 +113,7 @@ def compile_matmul(weight_format: str, *, biased: bool) -> Callable[..., None]:
                         row += tile_rows
 
     signature = types.void(*[types.int64[::1]] * 4, *[types.int64] * 6)
-    compiled: Callable[..., None] = njit([signature], nogil=True)(matmul)
-    return compiled
+    return compiled(matmul, signature, variant=(weight_format, biased))
 
 
 def _tile(kind: _Format, biased: bool) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit, types
+from numba import types
+
+from experts.ops._numba.object_cache import compiled
 
 
 def compile_unpermute() -> Callable[..., None]:
@@ -22,5 +24,4 @@ def compile_unpermute() -> Callable[..., None]:
 
     matrix = types.float32[:, ::1]
     signature = types.void(matrix, types.int32[:], types.float32[:], matrix)
-    compiled: Callable[..., None] = njit([signature], nogil=True)(unpermute)
-    return compiled
+    return compiled(unpermute, signature, variant=())

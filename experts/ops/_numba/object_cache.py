@@ -1,0 +1,97 @@
+"""Compiled functions kept on disk: a process that starts again, or an actor that Ray restarts, need not compile them.
+
+Numba has a cache of its own, which looks at one file's date only; these functions are made of several files, and of
+what they close over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core.caching import _Cache
+from numba.core.compiler import CompileResult
+from numba.core.registry import cpu_target
+from numba.core.serialize import dumps
+
+from experts.ops.cache_directory import cache_directory
+
+log = logging.getLogger(__name__)
+
+
+def compiled(
+    function: Callable[..., None], signature: Any, *, variant: tuple[object, ...], **options: Any
+) -> Callable[..., None]:
+    """`numba.njit(signature, nogil=True, **options)(function)`, from disk where this machine has compiled it before.
+
+    variant: what `function` closes over, apart from this package's own sources and whatever follows from it.
+    """
+    dispatcher = numba.njit(nogil=True, **options)(function)
+    key = hashlib.sha256(repr((_basis(), function.__name__, signature, variant, options)).encode())
+    dispatcher._cache = _ObjectCache(cache_directory() / "compiled" / f"{function.__name__}-{key.hexdigest()}")
+    dispatcher.compile(signature)
+    dispatcher.disable_compile()
+    result: Callable[..., None] = dispatcher
+    return result
+
+
+@cache
+def _basis() -> tuple[object, ...]:
+    """Whatever makes the same function compile to other code: sources, compiler, processor."""
+    sources = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        sources.update(path.read_bytes())
+    versions = sys.version, numba.__version__, llvmlite.__version__
+    return sources.hexdigest(), *versions, *cpu_target.target_context.codegen().magic_tuple()
+
+
+class _ObjectCache(_Cache):  # type: ignore[misc]
+    """One function's object code: a file of its SHA-256 and itself, written in one step."""
+
+    cache_path = None
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load_overload(self, _: Any, target: Any) -> Any:
+        """Numba's record of the compiled function, or None."""
+        target.refresh()
+        try:
+            content = self._path.read_bytes()
+        except OSError:
+            return None
+        digest, code = content[:32], content[32:]
+        if hashlib.sha256(code).digest() != digest:
+            log.warning("%s is damaged: compiling again", self._path)
+            return None
+        # As numba's own cache does: the directory is this user's own.
+        return CompileResult._rebuild(target, *pickle.loads(code))
+
+    def save_overload(self, _: Any, result: Any) -> None:
+        """Keep `result`; where nothing can be written, the next process compiles again."""
+        code = dumps(result._reduce())
+        draft = self._path.with_suffix(f".{os.getpid()}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_bytes(hashlib.sha256(code).digest() + code)
+            draft.replace(self._path)
+        except OSError as error:
+            log.info("compiled code is not kept: %s", error)
+
+    def enable(self) -> None:
+        """Part of numba's interface."""
+
+    def disable(self) -> None:
+        """Part of numba's interface."""
+
+    def flush(self) -> None:
+        """Part of numba's interface."""
