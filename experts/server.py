@@ -1,4 +1,7 @@
-"""ExpertService over gRPC: one thread a stream, which reads a call, runs it and answers it."""
+"""ExpertService over gRPC: one thread a stream, which reads a call, runs it and answers it.
+
+Callers on the same machine have their streams over a Unix socket (`experts.wire.local_stream`), with the same messages.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from experts.node_call import NodeCall
 from experts.node_relay import NodeRelay
 from experts.spec import ExpertCall
 from experts.wire.codec import MAX_MESSAGE_BYTES, BadCall, decode_call, encode_failure, encode_partial
+from experts.wire.local_stream import LocalServer
 from experts.wire.shared_memory import MappedSegments
 from experts.wire.v1 import expert_pb2 as pb
 
@@ -64,10 +68,12 @@ class ExpertServer:
         except RuntimeError:
             raise ConfigError(f"cannot listen on {host}:{port}; is the port taken?") from None
         self.address = f"{host}:{bound}"
+        self._local = LocalServer(self.address, self._stream)
 
     def start(self) -> None:
         """Begin to answer."""
         self._server.start()
+        self._local.start()
         for service in ("", SERVICE):
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
@@ -79,13 +85,14 @@ class ExpertServer:
         self._health.enter_graceful_shutdown()
         with self._idle:
             self._idle.wait_for(lambda: not self._calls, grace_s)
+        self._local.stop()
         self._server.stop(grace=None).wait()
         self._relay.close()
 
-    def _stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    def _stream(self, requests: Iterator[bytes], _: grpc.ServicerContext | None = None) -> Iterator[bytes]:
         segments = MappedSegments()
         for request in requests:
-            # gRPC resumes us once the answer is out, so a call counts until then.
+            # We are resumed once the answer is out, so a call counts until then.
             with self._counted():
                 yield self._answer(request, segments)
 

@@ -1,9 +1,9 @@
 """Calls an expert group's ExpertService: one bidirectional stream per peer, opened at the first call.
 
-Streams are `experts.wire.grpc_stream`'s: the caller's thread writes, and the thread that waits for a reply reads. A
-call with a time limit goes as an RPC of its own, over grpcio, so that gRPC carries its deadline and its cancellation to
-the group. What is large stays in shared memory where the peer has an address of this machine; the first such call finds
-out whether it sees the same /dev/shm.
+The caller's thread writes, and the thread that waits for a reply reads (`experts.wire.message_stream`): over a Unix
+socket where the peer is a process of this machine, over HTTP/2 elsewhere. A call with a time limit goes as an RPC of its
+own, over grpcio, so that gRPC carries its deadline and its cancellation to the group. What is large stays in shared
+memory where the peer has an address of this machine; the first such call finds out whether it sees the same /dev/shm.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from experts.errors import ExpertNotResident, MeshError, RequestError, SegmentUn
 from experts.node_call import NodeCall
 from experts.spec import ExpertCall
 from experts.wire.codec import MAX_MESSAGE_BYTES, WireReply, decode_partial, encode_call, segment_bytes
-from experts.wire.grpc_stream import GrpcStream, StreamClosed
+from experts.wire.grpc_stream import GrpcStream
+from experts.wire.local_stream import LocalStream
+from experts.wire.message_stream import MessageStream, StreamClosed
 from experts.wire.shared_memory import Segment, SegmentPool
 from experts.wire.v1 import expert_pb2 as pb
 
@@ -75,7 +77,8 @@ class _Connection:
         self._lent: dict[int, Segment] = {}
         self._same_machine = _is_own(address)
         try:
-            self._stream = GrpcStream(
+            local = LocalStream.to(address, self._receive) if self._same_machine else None
+            self._stream: MessageStream = local or GrpcStream(
                 address, f"/{_SERVICE}/Stream", self._receive, max_message_bytes=MAX_MESSAGE_BYTES
             )
         except StreamClosed as error:

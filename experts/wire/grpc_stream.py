@@ -9,17 +9,16 @@ end it.
 
 from __future__ import annotations
 
-import select
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import cast
 from urllib.parse import unquote
 
 import grpc
+
+from experts.wire.message_stream import MessageStream, StreamClosed
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
@@ -31,21 +30,14 @@ _FRAME_HEAD = 9
 _WINDOW, _LARGEST_WINDOW, _LARGEST_FRAME = 2**16 - 1, 2**31 - 1, 2**24 - 1
 # Bytes received after which the peer may send as many again.
 _ACKNOWLEDGED_BYTES = 2**30
-_READ_BYTES = 256 * 1024
 _CONNECT_TIMEOUT_S = 5.0
 # A machine that is gone answers no probe; of a process that is gone, the kernel closes the socket.
 _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 1, "TCP_USER_TIMEOUT": 15_000}
 _CODES: dict[int, str] = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
-class StreamClosed(Exception):
-    """The stream has ended, or never began; says why."""
-
-
-class GrpcStream:
-    """A stream to `method` at `address` (host:port). Thread-safe; dies with its first error.
-
-    receive: called with each message, by whichever thread reads
+class GrpcStream(MessageStream):
+    """A stream to `method` at `address` (host:port).
 
     Raises StreamClosed where nobody listens.
     """
@@ -54,37 +46,19 @@ class GrpcStream:
         # Servers, and machines whose groups are all in the engine's process, do without it.
         from hpack import Decoder, Encoder
 
-        self._receive = receive
+        super().__init__(_connect(address), receive)
         self._max_message_bytes = max_message_bytes
-        self._error: StreamClosed | None = None
-        self._changed = threading.Condition()
-        self._reading = False
         self._draining = False
-        self._one_message = threading.Lock()
         self._one_write = threading.Lock()
         # What the peer lets us send, on the connection and on the stream.
         self._windows = {0: _WINDOW, _STREAM: _WINDOW}
         self._initial_window = _WINDOW
         self._max_frame = 2**14
         self._received_bytes = 0
-        self._input = bytearray()
         self._partial = bytearray()
         self._header_block = bytearray()
         self._ends_stream = False
         self._decoder = Decoder()
-        host, _, port = address.rpartition(":")
-        try:
-            self._socket = socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S)
-        except OSError as error:
-            raise StreamClosed(f"UNAVAILABLE: {error}") from error
-        self._socket.settimeout(None)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _PROBES.items():
-            if hasattr(socket, name):
-                self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        self._poll = select.poll()
-        self._poll.register(self._socket, select.POLLIN)
         settings = ((_ENABLE_PUSH, 0), (_INITIAL_WINDOW_SIZE, _LARGEST_WINDOW), (_MAX_FRAME_SIZE, _LARGEST_FRAME))
         headers = [
             *((":method", "POST"), (":scheme", "http"), (":path", method), (":authority", address)),
@@ -99,16 +73,9 @@ class GrpcStream:
 
     @property
     def is_open(self) -> bool:
-        """Whether a message can still be sent, as far as what has arrived says."""
-        with self._changed:
-            unasked = not self._reading and self._error is None and self._has_input(0)
-            self._reading |= unasked
-        if unasked:
-            self._read(lambda: not self._has_input(0), None)
-        return self._error is None and not self._draining
+        return super().is_open and not self._draining
 
     def send(self, message: bytes) -> None:
-        """Write a message; waits while the peer's flow control says so. Raises StreamClosed."""
         with self._one_message:
             left = memoryview(struct.pack(">BI", 0, len(message)) + message)
             while left:
@@ -121,37 +88,6 @@ class GrpcStream:
                 self._write(_frame_head(_DATA, 0, _STREAM, size), left[:size])
                 left = left[size:]
 
-    def read_until(self, done: Callable[[], bool], timeout_s: float | None = None) -> None:
-        """Return once `done()`, which only received messages change; one of the threads that wait reads for all.
-
-        Raises StreamClosed once the stream is dead, which it is too where this took longer than `timeout_s`.
-        """
-        until = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            with self._changed:
-                while self._reading and self._error is None and not done():
-                    if not self._changed.wait(_left(until)):
-                        self._end("DEADLINE_EXCEEDED: no reply within the deadline")
-                if done():
-                    return
-                if self._error is not None:
-                    raise self._error
-                self._reading = True
-            self._read(done, until)
-
-    def close(self, reason: str) -> None:
-        """End the stream; whoever waits gets `reason`."""
-        with self._changed:
-            self._end(reason)
-
-    def _end(self, reason: str) -> None:
-        if self._error is None:
-            self._error = StreamClosed(reason)
-            with suppress(OSError):  # the peer was faster
-                self._socket.shutdown(socket.SHUT_RDWR)  # wakes who reads
-            self._socket.close()
-        self._changed.notify_all()
-
     def _write(self, *pieces: bytes | memoryview) -> None:
         try:
             with self._one_write:
@@ -161,37 +97,7 @@ class GrpcStream:
         if self._error is not None:
             raise self._error
 
-    def _read(self, done: Callable[[], bool], until: float | None) -> None:
-        """Read until `done()` or the end, as the one thread that reads; errors are left in `_error`."""
-        try:
-            while self._error is None and not done():
-                if self._has_input(_left(until)):
-                    self._take_frame()
-                else:
-                    self.close("DEADLINE_EXCEEDED: no reply within the deadline")
-        except Exception as error:
-            # Whatever it was, the stream cannot be followed any more.
-            self.close(f"UNAVAILABLE: {error}" if isinstance(error, OSError) else str(error))
-        finally:
-            with self._changed:
-                self._reading = False
-                self._changed.notify_all()
-
-    def _has_input(self, timeout_s: float | None) -> bool:
-        return bool(self._input or self._poll.poll(None if timeout_s is None else timeout_s * 1e3))
-
-    def _bytes(self, size: int) -> bytearray:
-        """The next `size` bytes."""
-        while len(self._input) < size:
-            received = self._socket.recv(max(_READ_BYTES, size - len(self._input)))
-            if not received:
-                raise StreamClosed("UNAVAILABLE: the connection was closed by the peer")
-            self._input += received
-        taken = self._input[:size]
-        del self._input[:size]
-        return taken
-
-    def _take_frame(self) -> None:
+    def _take(self) -> None:
         head = self._bytes(_FRAME_HEAD)
         size, kind, flags = int.from_bytes(head[:3], "big"), head[3], head[4]
         stream = int.from_bytes(head[5:], "big") & _LARGEST_WINDOW
@@ -261,6 +167,21 @@ class GrpcStream:
         self._write(_frame(_SETTINGS, _ACK, 0, b""))
 
 
+def _connect(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    try:
+        connected = socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S)
+    except OSError as error:
+        raise StreamClosed(f"UNAVAILABLE: {error}") from error
+    connected.settimeout(None)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _PROBES.items():
+        if hasattr(socket, name):
+            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return connected
+
+
 def _frame_head(kind: int, flags: int, stream: int, size: int) -> bytes:
     return struct.pack(">I", size)[1:] + struct.pack(">BBI", kind, flags, stream)
 
@@ -271,7 +192,3 @@ def _frame(kind: int, flags: int, stream: int, content: bytes | bytearray) -> by
 
 def _without_padding(content: bytearray, flags: int) -> bytearray:
     return content[1 : len(content) - content[0]] if flags & _PADDED else content
-
-
-def _left(until: float | None) -> float | None:
-    return None if until is None else max(0.0, until - time.monotonic())

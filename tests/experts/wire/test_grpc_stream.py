@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import grpc
 import pytest
 
-from experts.wire.grpc_stream import GrpcStream, StreamClosed
+from experts.wire.grpc_stream import GrpcStream
+from experts.wire.message_stream import StreamClosed
 
 LIMIT = 64 << 20
 Handler = Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]

@@ -1,0 +1,167 @@
+"""Messages between processes of one machine: a Unix socket, and before each message its length.
+
+Between machines a message goes through HTTP/2 and grpcio's server, which wakes two threads for it. Here the peer's
+thread that reads is the one that computes and answers. The messages are those of ExpertService's `Stream`.
+
+The socket is in Linux's abstract namespace, under the address that the peer's gRPC server has: whoever sees the one
+sees the other, and nothing is left behind. Neither end talks to another user's process.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+
+from experts.wire.message_stream import MessageStream
+
+_LENGTH = struct.Struct("<I")
+# Bytes of messages without an answer up to which writing cannot block; the kernel keeps more, its own notes included.
+_BUFFERED_BYTES = 128 * 1024
+_NOTES_BYTES = 1024
+_WILDCARDS = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
+_MAX_WAITING = 128
+
+
+class LocalStream(MessageStream):
+    """The caller's end. The peer answers each message with one."""
+
+    def __init__(self, connected: socket.socket, receive: Callable[[bytes], None]) -> None:
+        super().__init__(connected, receive)
+        self._unanswered: deque[int] = deque()
+        self._unanswered_bytes = 0
+
+    @classmethod
+    def to(cls, address: str, receive: Callable[[bytes], None]) -> LocalStream | None:
+        """A stream to the server at `address` (host:port); None where it is not on this machine, or not ours."""
+        for name in _names(address, wildcard=True):
+            connected = socket.socket(socket.AF_UNIX)
+            try:
+                connected.connect(name)
+                if _is_ours(connected):
+                    return cls(connected, receive)
+            except OSError:
+                pass
+            connected.close()
+        return None
+
+    def send(self, message: bytes) -> None:
+        size = len(message) + _NOTES_BYTES
+        with self._one_message:
+            # A peer that waits for us to take its answer reads nothing.
+            if self._unanswered_bytes + size > _BUFFERED_BYTES:
+                self.read_until(lambda: not self._unanswered or self._unanswered_bytes + size <= _BUFFERED_BYTES)
+            with self._changed:
+                self._unanswered.append(size)
+                self._unanswered_bytes += size
+            try:
+                self._socket.sendall(_LENGTH.pack(len(message)) + message)
+            except OSError as error:
+                self.close(f"UNAVAILABLE: {error}")
+            if self._error is not None:
+                raise self._error
+
+    def _take(self) -> None:
+        (size,) = _LENGTH.unpack(self._bytes(_LENGTH.size))
+        message = bytes(self._bytes(size))
+        with self._changed:
+            self._unanswered_bytes -= self._unanswered.popleft()
+        self._receive(message)
+
+
+class LocalServer:
+    """Serves the streams of this machine's callers to the gRPC server at `address`, a thread each.
+
+    serve: a stream's requests to its answers, one each; resumed for the next when the answer is out
+    """
+
+    def __init__(self, address: str, serve: Callable[[Iterator[bytes]], Iterable[bytes]]) -> None:
+        self._serve = serve
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._listener: socket.socket | None = None
+        for name in _names(address, wildcard=False):
+            listener = socket.socket(socket.AF_UNIX)
+            try:
+                listener.bind(name)
+            except OSError:  # callers then come over TCP
+                listener.close()
+                continue
+            listener.listen(_MAX_WAITING)
+            self._listener = listener
+
+    def start(self) -> None:
+        """Begin to answer."""
+        if self._listener is not None:
+            threading.Thread(target=self._accept, args=(self._listener,), name="local-streams", daemon=True).start()
+
+    def stop(self) -> None:
+        """Close every stream."""
+        with self._lock:
+            listener, self._listener = self._listener, None
+            connections = [*self._open, *([listener] if listener else [])]
+        for connection in connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        if listener is not None:
+            listener.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                connected, _ = listener.accept()
+            except OSError:  # stopped, or no file is left: callers come over TCP
+                listener.close()
+                return
+            with self._lock:
+                welcome = self._listener is not None and _is_ours(connected)
+                if welcome:
+                    self._open.add(connected)
+            if welcome:
+                threading.Thread(target=self._answer, args=(connected,), name="local-stream", daemon=True).start()
+            else:
+                connected.close()
+
+    def _answer(self, connected: socket.socket) -> None:
+        try:
+            with connected, suppress(OSError):
+                for answer in self._serve(_messages(connected)):
+                    connected.sendall(_LENGTH.pack(len(answer)) + answer)
+        finally:
+            with self._lock:
+                self._open.discard(connected)
+
+
+def _messages(connected: socket.socket) -> Iterator[bytes]:
+    with connected.makefile("rb") as stream:
+        while len(head := stream.read(_LENGTH.size)) == _LENGTH.size:
+            (size,) = _LENGTH.unpack(head)
+            message = stream.read(size)
+            if len(message) < size:
+                return
+            yield message
+
+
+def _names(address: str, *, wildcard: bool) -> list[str]:
+    """Names of the server at `address`; with `wildcard`, also of the one that listens at every address of its port."""
+    if sys.platform != "linux":
+        return []
+    host, _, port = address.rpartition(":")
+    try:
+        family, _, _, _, found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+    except OSError:
+        return []
+    hosts = [str(found[0]), *([_WILDCARDS[family]] if wildcard and family in _WILDCARDS else [])]
+    return [f"\0expertmesh {each} {port}" for each in hosts]
+
+
+def _is_ours(connected: socket.socket) -> bool:
+    """Whether this user's process is at the other end."""
+    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", credentials)
+    return bool(user == os.geteuid())
