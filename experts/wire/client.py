@@ -1,9 +1,10 @@
 """Calls an expert group's ExpertService: one bidirectional stream per peer, opened at the first call.
 
 The caller's thread writes, and the thread that waits for a reply reads (`experts.wire.message_stream`): over a Unix
-socket where the peer is a process of this machine, over HTTP/2 elsewhere. A call with a time limit goes as an RPC of its
-own, over grpcio, so that gRPC carries its deadline and its cancellation to the group. What is large stays in shared
-memory where the peer has an address of this machine; the first such call finds out whether it sees the same /dev/shm.
+socket where the peer is a process of this machine, over HTTP/2 elsewhere. A call with a time limit goes as an RPC of
+its own, over grpcio, so that gRPC carries its deadline and its cancellation to the group. What is large stays in
+shared memory where the peer has an address of this machine; the first such call finds out whether it sees the same
+/dev/shm.
 """
 
 from __future__ import annotations
