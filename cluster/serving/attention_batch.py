@@ -61,6 +61,10 @@ class DecodeGroup:
     all_full: bool
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
 
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
     def hidden_S111L(self, window: int | None) -> torch.Tensor | None:
         """True where a slot may not look; None where every slot sees everything up to max_len."""
         if window not in self.masks:

@@ -20,17 +20,16 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self._matrix = pack_exactly(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        self.matrix = pack_exactly(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
         self._team = team
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden.reshape(-1, self.in_features)
-        return packed_matmul(self._matrix, rows, self._team).view(*hidden.shape[:-1], self.out_features)
+        return packed_matmul(self.matrix, rows, self._team).view(*hidden.shape[:-1], self.out_features)
 
 
-def pack_linears(model: nn.Module, *, keep: frozenset[nn.Module]) -> None:
+def pack_linears(model: nn.Module, team: ThreadTeam, *, keep: frozenset[nn.Module]) -> None:
     """Replace every float32 CPU `nn.Linear` of `model` except those in `keep`, one at a time."""
-    team = ThreadTeam(torch.get_num_threads())
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is not nn.Linear or child in keep:  # a subclass has a forward of its own

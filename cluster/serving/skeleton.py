@@ -22,6 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from cluster.serving import attention, moe_block
 from cluster.serving.attention_batch import AttentionBatch
+from cluster.serving.compiled_norm import compile_norms
+from cluster.serving.grouped_query_decode import compile_attention
 from cluster.serving.kv_cache import KVLayout
 from cluster.serving.latent_attention import LatentProjections
 from cluster.serving.model_config import model_config
@@ -29,6 +31,7 @@ from cluster.serving.moe_block import ExpertRouter, MoeBlock, RouterConnection
 from cluster.serving.packed_linear import pack_linears
 from cluster.serving.rope_reach import rope_reach
 from experts.errors import CheckpointError
+from experts.ops.cpu_threads import ThreadTeam
 from experts.weights.checkpoint import Checkpoint
 from router_service.gating.build import build_gate
 from router_service.gating.config import gate_spec_from_config
@@ -98,7 +101,10 @@ def load_skeleton(source: Checkpoint | str | Path, *, dtype: torch.dtype, device
         module.latent_projections = LatentProjections(module)
         module.expand_kv = lambda latents, k_rope: (latents, k_rope)
     if device.type == "cpu":
-        pack_linears(model, keep=frozenset(module.kv_b_proj for module in latent))
+        team = ThreadTeam(torch.get_num_threads())
+        pack_linears(model, team, keep=frozenset(module.kv_b_proj for module in latent))
+        compile_norms(model)
+        compile_attention(model, team)
     return ModelSkeleton(
         model,
         gates=_gates(model, raw_config),

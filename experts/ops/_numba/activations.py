@@ -38,7 +38,7 @@ def _power_of_two(_: Any, exponent: Any) -> Any:
 
 
 @njit(inline="always")
-def _exp(x):  # type: ignore[no-untyped-def]
+def exp(x):  # type: ignore[no-untyped-def]
     x = x if x > _LEAST else _LEAST
     x = x if x < _MOST else _MOST
     whole = (x * _LOG2_E + _ROUND) - _ROUND
@@ -54,7 +54,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
 
 @njit(inline="always")
 def _silu(x):  # type: ignore[no-untyped-def]
-    return x / (_ONE + _exp(-x))
+    return x / (_ONE + exp(-x))
 
 
 @njit(inline="always")
@@ -65,12 +65,12 @@ def _gelu(x):  # type: ignore[no-untyped-def]
 @njit(inline="always")
 def _gelu_tanh(x):  # type: ignore[no-untyped-def]
     # (1 + tanh y) / 2 = 1 / (1 + exp(-2 y))
-    return x / (_ONE + _exp(np.float32(-1.5957691216057308) * (x + np.float32(0.044715) * x * x * x)))
+    return x / (_ONE + exp(np.float32(-1.5957691216057308) * (x + np.float32(0.044715) * x * x * x)))
 
 
 @njit(inline="always")
 def _quick_gelu(x):  # type: ignore[no-untyped-def]
-    return x / (_ONE + _exp(np.float32(-1.702) * x))
+    return x / (_ONE + exp(np.float32(-1.702) * x))
 
 
 @njit(inline="always")

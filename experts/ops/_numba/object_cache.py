@@ -33,10 +33,11 @@ def compiled(
 ) -> Callable[..., None]:
     """`numba.njit(signature, nogil=True, **options)(function)`, from disk where this machine has compiled it before.
 
-    variant: what `function` closes over, apart from this package's own sources and whatever follows from it.
+    variant: what `function` closes over, apart from what this package's sources and those beside it say.
     """
     dispatcher = numba.njit(nogil=True, **options)(function)
-    key = hashlib.sha256(repr((_basis(), function.__name__, signature, variant, options)).encode())
+    own = Path(function.__code__.co_filename).parent
+    key = hashlib.sha256(repr((_basis(own), function.__name__, signature, variant, options)).encode())
     dispatcher._cache = _ObjectCache(cache_directory() / "compiled" / f"{function.__name__}-{key.hexdigest()}")
     dispatcher.compile(signature)
     dispatcher.disable_compile()
@@ -45,11 +46,12 @@ def compiled(
 
 
 @cache
-def _basis() -> tuple[object, ...]:
-    """Whatever makes the same function compile to other code: sources, compiler, processor."""
+def _basis(own: Path) -> tuple[object, ...]:
+    """Whatever makes the same function compile to other code: sources, compiler, processor. own: its directory."""
     sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        sources.update(path.read_bytes())
+    for directory in (Path(__file__).parent, own):
+        for path in sorted(directory.glob("*.py")):
+            sources.update(path.read_bytes())
     versions = sys.version, numba.__version__, llvmlite.__version__
     return sources.hexdigest(), *versions, *cpu_target.target_context.codegen().magic_tuple()
 

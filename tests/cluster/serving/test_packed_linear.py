@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from cluster.serving.packed_linear import PackedLinear, pack_linears
+from experts.ops.cpu_threads import ThreadTeam
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -26,7 +27,7 @@ def test_packs_all_but_what_is_kept() -> None:
         nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4).bfloat16(), Router(4, 4)
     )
     kept = model[0]
-    pack_linears(model, keep=frozenset({kept}))
+    pack_linears(model, ThreadTeam(1), keep=frozenset({kept}))
     assert model[0] is kept
     assert isinstance(model[1][0], PackedLinear)
     assert isinstance(model[2], nn.Linear)

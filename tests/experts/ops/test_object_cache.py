@@ -50,7 +50,7 @@ def test_a_variant_has_code_of_its_own(cache: Path) -> None:
 
 def test_other_sources_or_another_processor_are_another_key(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adder(1)
-    monkeypatch.setattr("experts.ops._numba.object_cache._basis", lambda: ("another processor",))
+    monkeypatch.setattr("experts.ops._numba.object_cache._basis", lambda own: ("another processor",))
     assert adder(1).stats.cache_misses
     assert len(list(cache.iterdir())) == 2
 

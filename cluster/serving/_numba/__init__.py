@@ -1,0 +1,1 @@
+"""Parts of a decode step, compiled for this machine's CPU."""
