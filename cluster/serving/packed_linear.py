@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from experts.ops.cpu_threads import ThreadTeam
-from experts.ops.packed_matmul import pack_exactly, packed_matmul
+from experts.ops.packed_matmul import PackedMatrix, pack_exactly, packed_matmul
 
 
 class PackedLinear(nn.Module):
@@ -36,3 +36,27 @@ def pack_linears(model: nn.Module, team: ThreadTeam, *, keep: frozenset[nn.Modul
                 continue
             if child.weight.dtype == torch.float32 and child.weight.device.type == "cpu":
                 setattr(module, name, PackedLinear(child, team))
+
+
+def can_join(*layers: nn.Module) -> bool:
+    """Whether `join_layers` can take them: packed alike, their outputs in whole panels."""
+    matrices = [layer.matrix for layer in layers if isinstance(layer, PackedLinear)]
+    return (
+        len(matrices) == len(layers)
+        and len({matrix.kind for matrix in matrices}) == 1
+        and all(matrix.whole(matrix.num_outputs) for matrix in matrices)
+    )
+
+
+def join_layers(*layers: PackedLinear) -> PackedMatrix:
+    """The layers' matrices one below the other, of which theirs become views."""
+    panels = torch.cat([layer.matrix.panels for layer in layers])
+    biases = [layer.matrix.bias_PL for layer in layers if layer.matrix.bias_PL is not None]
+    joined = PackedMatrix(panels, len(panels) * panels.shape[2], None, torch.cat(biases) if biases else None)
+    first = 0
+    for layer in layers:
+        last = first + len(layer.matrix.panels)
+        bias_PL = None if joined.bias_PL is None else joined.bias_PL[first:last]
+        layer.matrix = PackedMatrix(panels[first:last], layer.out_features, None, bias_PL)
+        first = last
+    return joined

@@ -23,9 +23,10 @@ from transformers.utils import logging as transformers_logging
 from cluster.serving import attention, moe_block
 from cluster.serving.attention_batch import AttentionBatch
 from cluster.serving.compiled_norm import compile_norms
-from cluster.serving.grouped_query_decode import compile_attention
+from cluster.serving.grouped_query_decode import GroupedQueryDecode
 from cluster.serving.kv_cache import KVLayout
 from cluster.serving.latent_attention import LatentProjections
+from cluster.serving.latent_decode import LatentDecode
 from cluster.serving.model_config import model_config
 from cluster.serving.moe_block import ExpertRouter, MoeBlock, RouterConnection
 from cluster.serving.packed_linear import pack_linears
@@ -104,7 +105,7 @@ def load_skeleton(source: Checkpoint | str | Path, *, dtype: torch.dtype, device
         team = ThreadTeam(torch.get_num_threads())
         pack_linears(model, team, keep=frozenset(module.kv_b_proj for module in latent))
         compile_norms(model)
-        compile_attention(model, team)
+        _compile_decode_steps(model, team)
     return ModelSkeleton(
         model,
         gates=_gates(model, raw_config),
@@ -198,6 +199,15 @@ def _widen_fp8(weight_NK: torch.Tensor, scale: torch.Tensor, block: Sequence[int
     rows, columns = weight_NK.shape
     scale_NK = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
     return weight_NK.float() * scale_NK
+
+
+def _compile_decode_steps(model: nn.Module, team: ThreadTeam) -> None:
+    """Put compiled attention in the place of the modules that it fits; norms and linear layers are there already."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            for kind in (GroupedQueryDecode, LatentDecode):
+                if kind.fits(child):
+                    setattr(module, name, kind(child, team))
 
 
 def _gates(model: nn.Module, raw_config: Mapping[str, Any]) -> Mapping[int, Gate]:

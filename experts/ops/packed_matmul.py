@@ -39,6 +39,15 @@ class PackedMatrix:
         return HELD[self.panels.dtype]
 
     @property
+    def kind(self) -> tuple[str, bool]:
+        """What compiled code has to know: the format, and whether there are biases."""
+        return self.format, self.bias_PL is not None
+
+    def whole(self, *sizes: int) -> bool:
+        """Whether so many outputs fill their panels."""
+        return all(size % self.panels.shape[2] == 0 for size in sizes)
+
+    @property
     def num_columns(self) -> int:
         """Of the result: O, and up to a whole panel."""
         return self.panels.shape[0] * self.panels.shape[2]

@@ -7,22 +7,23 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
-from cluster.serving._numba.attend import SUMS, attend
+from cluster.serving._numba.attend import attend
+from cluster.serving._numba.norm_and_rope import normalise, rotate
 from experts.ops._numba.object_cache import compiled
-from experts.ops._numba.packed_matmul import compile_matmul
+from experts.ops._numba.packed_matmul import Kind, compile_matmul
 
 
 @cache
 def compile_grouped_query_decode(
-    *, heads: int, kv_heads: int, head_dim: int, normed: bool, in_format: str, in_biased: bool, out_format: str, out_biased: bool
+    *, heads: int, kv_heads: int, head_dim: int, normed: bool, into: Kind, onto: Kind
 ) -> Callable[..., None]:
     """Projections, norms of queries and keys where `normed`, rotary embedding (halves), cache, attention, output.
 
     It runs without the GIL. Arguments, for T rows with one new token each:
         hidden            float32 [T, H]
-        into, onto        int64 [3, 1]: addresses of panels, scales and biases of the packed q, k and v (one below the
+        first, last       int64 [3, 1]: addresses of panels, scales and biases of the packed q, k and v (one below the
                           other) and of the output projection
         panels            int64 [2]: of either
         query_norm, key_norm  float32 [head_dim], ignored where not `normed`; epsilon
@@ -34,31 +35,15 @@ def compile_grouped_query_decode(
         projected, summed float32 [T, whole panels], [T, heads * head_dim], to work in
         out               float32 [T, whole panels]
     """
-    multiply_in = compile_matmul(in_format, biased=in_biased)
-    multiply_out = compile_matmul(out_format, biased=out_biased)
+    multiply_in, multiply_out = (compile_matmul(name, biased=biased) for name, biased in (into, onto))
     attend_one = attend(head_dim, head_dim)
-    group, half = heads // kv_heads, head_dim // 2
-
-    @njit(nogil=True, fastmath=SUMS)
-    def normalise(values, weight, epsilon):  # type: ignore[no-untyped-def]
-        squares = np.float32(0)
-        for i in range(head_dim):
-            squares += values[i] * values[i]
-        factor = np.float32(1) / np.sqrt(squares / np.float32(head_dim) + epsilon)
-        for i in range(head_dim):
-            values[i] = weight[i] * (values[i] * factor)
-
-    @njit(nogil=True)
-    def rotate(values, cos, sin):  # type: ignore[no-untyped-def]
-        for i in range(half):
-            low, high = values[i], values[i + half]
-            values[i] = low * cos[i] - high * sin[i]
-            values[i + half] = high * cos[i + half] + low * sin[i + half]
+    rotate_one = rotate("halves", head_dim)
+    group = heads // kv_heads
 
     def grouped_query_decode(
         hidden: Any,
-        into: Any,
-        onto: Any,
+        first: Any,
+        last: Any,
         panels: Any,
         query_norm: Any,
         key_norm: Any,
@@ -79,7 +64,7 @@ def compile_grouped_query_decode(
         num_rows, hidden_size = hidden.shape
         starts = np.array([0, num_rows])
         multiply_in(
-            *(into[0], into[1], into[2], starts, panels[0], hidden_size),
+            *(first[0], first[1], first[2], starts, panels[0], hidden_size),
             *(hidden.ctypes.data, hidden_size * 4, projected.ctypes.data, projected.shape[1] * 4),
         )
         longest = 0
@@ -92,7 +77,7 @@ def compile_grouped_query_decode(
             for head in range(heads + kv_heads):
                 if normed:
                     normalise(parts[head], query_norm if head < heads else key_norm, epsilon)
-                rotate(parts[head], cos[row], sin[row])
+                rotate_one(parts[head], cos[row], sin[row], parts[head])
             begin, end = max(0, position + 1 - window), position + 1
             sums = summed[row].reshape(heads, head_dim)
             for head in range(kv_heads):
@@ -108,7 +93,7 @@ def compile_grouped_query_decode(
                     sums[head * group : (head + 1) * group],
                 )
         multiply_out(
-            *(onto[0], onto[1], onto[2], starts, panels[1], heads * head_dim),
+            *(last[0], last[1], last[2], starts, panels[1], heads * head_dim),
             *(summed.ctypes.data, heads * head_dim * 4, out.ctypes.data, out.shape[1] * 4),
         )
 
@@ -119,5 +104,5 @@ def compile_grouped_query_decode(
         *(matrix, matrix, cache_, cache_, whole, types.int64[::1], types.int64[::1], whole, single),
         *(matrix, matrix, matrix),
     )
-    variant = heads, kv_heads, head_dim, normed, in_format, in_biased, out_format, out_biased
+    variant = heads, kv_heads, head_dim, normed, into, onto
     return compiled(grouped_query_decode, signature, variant=variant, error_model="numpy")

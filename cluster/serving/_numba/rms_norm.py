@@ -6,10 +6,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
 from numba import types
 
-from cluster.serving._numba.attend import SUMS
+from cluster.serving._numba.norm_and_rope import normalise
 from experts.ops._numba.object_cache import compiled
 
 
@@ -23,13 +22,10 @@ def compile_rms_norm() -> Callable[..., None]:
     def rms_norm(rows: Any, weight: Any, epsilon: Any, out: Any) -> None:
         size = rows.shape[1]
         for row in range(rows.shape[0]):
-            squares = np.float32(0)
             for i in range(size):
-                squares += rows[row, i] * rows[row, i]
-            factor = np.float32(1) / np.sqrt(squares / np.float32(size) + epsilon)
-            for i in range(size):
-                out[row, i] = weight[i] * (rows[row, i] * factor)
+                out[row, i] = rows[row, i]
+            normalise(out[row], weight, epsilon)
 
     matrix = types.float32[:, ::1]
     signature = types.void(matrix, types.float32[::1], types.float32, matrix)
-    return compiled(rms_norm, signature, variant=(), error_model="numpy", fastmath=SUMS)
+    return compiled(rms_norm, signature, variant=(), error_model="numpy")

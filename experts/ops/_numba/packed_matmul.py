@@ -41,6 +41,10 @@ _FLOAT_BYTES = _LANES * 4
 _ZERO = ir.Constant(_FLOAT, [ir.Constant(ir.FloatType(), 0.0)] * _LANES)
 
 
+# A packed matrix's dtype as compiled code calls it, and whether it has biases.
+Kind = tuple[str, bool]
+
+
 @dataclass(frozen=True, slots=True)
 class _Format:
     """Bytes of a weight, its type, how a vector of them becomes float32, and whether that is steps of a scale."""

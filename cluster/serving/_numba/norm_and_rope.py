@@ -1,0 +1,50 @@
+"""What happens to a row's parts between projection and attention, as functions for others to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Literal
+
+import numpy as np
+from numba import njit
+
+from cluster.serving._numba.attend import SUMS
+
+Rope = Literal["halves", "pairs", "pairs_to_halves"]
+
+
+@njit(nogil=True, fastmath=SUMS)
+def normalise(values, weight, epsilon):  # type: ignore[no-untyped-def]
+    """`weight * x / sqrt(mean(x^2) + epsilon)` in place; float32 [N] both."""
+    squares = np.float32(0)
+    for i in range(len(weight)):
+        squares += values[i] * values[i]
+    factor = np.float32(1) / np.sqrt(squares / np.float32(len(weight)) + epsilon)
+    for i in range(len(weight)):
+        values[i] = weight[i] * (values[i] * factor)
+
+
+@cache
+def rotate(rope: Rope, dim: int) -> Callable[..., None]:
+    """Rotary embedding of values [dim] into out [dim], cos and sin [at least dim / 2] of the position.
+
+    halves:          numbers i and i + dim / 2 are a pair
+    pairs:           2i and 2i + 1 are
+    pairs_to_halves: the same, and the rotated pair goes to i and i + dim / 2
+    """
+    half = dim // 2
+    from_pairs, to_pairs = rope != "halves", rope == "pairs"
+
+    @njit(nogil=True)
+    def rotate_one(values, cos, sin, out):  # type: ignore[no-untyped-def]
+        for i in range(half):
+            low, high = (values[2 * i], values[2 * i + 1]) if from_pairs else (values[i], values[i + half])
+            turned, risen = low * cos[i] - high * sin[i], high * cos[i] + low * sin[i]
+            if to_pairs:
+                out[2 * i], out[2 * i + 1] = turned, risen
+            else:
+                out[i], out[i + half] = turned, risen
+
+    compiled: Callable[..., None] = rotate_one
+    return compiled

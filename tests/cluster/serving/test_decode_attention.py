@@ -1,0 +1,239 @@
+"""Compiled decode steps against the families' own modules, eager and in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
+from transformers.models.mixtral import modeling_mixtral
+from transformers.models.olmoe import modeling_olmoe
+from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+from cluster.serving.attention import StepCache
+from cluster.serving.attention_batch import AttentionBatch, Chunk
+from cluster.serving.compiled_norm import compile_norms
+from cluster.serving.decode_attention import DecodeAttention
+from cluster.serving.grouped_query_decode import GroupedQueryDecode
+from cluster.serving.kv_cache import KVCache, KVLayout, Slot
+from cluster.serving.latent_attention import LatentProjections
+from cluster.serving.latent_decode import LatentDecode
+from cluster.serving.packed_linear import pack_linears
+from experts.ops.cpu_threads import ThreadTeam
+
+HIDDEN, LAYER = 96, 1
+# Two arenas, and sequences that have just begun.
+LENGTHS = (0, 1, 2, 61, 255, 300)
+_COMMON = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
+_LATENT = {
+    **_COMMON,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 32,
+    "q_lora_rank": None,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2, "head_dim": 16}
+CASES: dict[str, tuple[Any, Any, str]] = {
+    "mixtral": (modeling_mixtral, MixtralConfig(**_GROUPED, sliding_window=None), "Mixtral"),
+    "mixtral window": (modeling_mixtral, MixtralConfig(**_GROUPED, sliding_window=40), "Mixtral"),
+    "mixtral one key head a query": (
+        modeling_mixtral,
+        MixtralConfig(**{**_GROUPED, "num_key_value_heads": 4}, sliding_window=None),
+        "Mixtral",
+    ),
+    "mixtral three queries": (
+        modeling_mixtral,
+        MixtralConfig(**{**_GROUPED, "num_attention_heads": 6}, sliding_window=None),
+        "Mixtral",
+    ),
+    "qwen3": (modeling_qwen3_moe, Qwen3MoeConfig(**_GROUPED, attention_bias=True), "Qwen3Moe"),
+    "deepseek-v2": (modeling_deepseek_v2, DeepseekV2Config(**_LATENT), "DeepseekV2"),
+    "deepseek-v2 compressed": (
+        modeling_deepseek_v2,
+        DeepseekV2Config(**{**_LATENT, "q_lora_rank": 64}),
+        "DeepseekV2",
+    ),
+    "deepseek-v3": (modeling_deepseek_v3, DeepseekV3Config(**_LATENT), "DeepseekV3"),
+    "deepseek-v3 compressed": (
+        modeling_deepseek_v3,
+        DeepseekV3Config(**{**_LATENT, "q_lora_rank": 64}, attention_bias=True),
+        "DeepseekV3",
+    ),
+    "deepseek-v3 halves": (modeling_deepseek_v3, DeepseekV3Config(**_LATENT, rope_interleave=False), "DeepseekV3"),
+}
+
+
+@dataclass(eq=False)
+class Attention:
+    """A family's attention, once as it is in float64 and once with what we put in its place."""
+
+    case: str
+    num_threads: int = 1
+
+    def __post_init__(self) -> None:
+        module, config, name = CASES[self.case]
+        torch.manual_seed(0)
+        self.config = copy.deepcopy(config)
+        self.config._attn_implementation = "expertmesh"
+        attention = getattr(module, f"{name}Attention")(self.config, LAYER).eval().requires_grad_(False)
+        for parameter in attention.parameters():
+            nn.init.normal_(parameter, std=0.15)
+        self.rotary = getattr(module, f"{name}RotaryEmbedding")(self.config)
+        self.reference = copy.deepcopy(attention).double()
+        self.reference.config = copy.deepcopy(config)
+        self.reference.config._attn_implementation = "eager"
+        parent = nn.Module()
+        parent.attention = attention
+        latent = hasattr(attention, "expand_kv")
+        if latent:
+            attention.latent_projections = LatentProjections(attention)
+            attention.expand_kv = lambda latents, k_rope: (latents, k_rope)
+        team = ThreadTeam(self.num_threads)
+        pack_linears(parent, team, keep=frozenset([attention.kv_b_proj] if latent else []))
+        compile_norms(parent)
+        kind = LatentDecode if latent else GroupedQueryDecode
+        assert kind.fits(attention)
+        self.ours: DecodeAttention = kind(attention, team)
+        layout = KVLayout(
+            num_layers=2,
+            num_kv_heads=1 if latent else config.num_key_value_heads,
+            key_dim=config.kv_lora_rank + config.qk_rope_head_dim if latent else config.head_dim,
+            value_dim=config.kv_lora_rank if latent else config.head_dim,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            latent=latent,
+        )
+        self.cache = KVCache(layout, memory=1 << 28, max_num_seqs=16, max_model_len=512)
+        self.latent = latent
+
+    def step(self, module: Callable[..., Any], chunks: Sequence[Chunk], rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Outputs of `chunks`, whose hidden states are `rows` ([tokens, H] each), in their order."""
+        batch = AttentionBatch(chunks, torch.device("cpu"))
+        ordered = [chunks[index] for index in batch.order]
+        hidden = torch.cat([rows[index] for index in batch.order])[None]
+        positions = torch.cat([torch.arange(chunk.begin, chunk.end) for chunk in ordered])[None]
+        output = module(
+            hidden_states=hidden,
+            position_embeddings=self.rotary(hidden, position_ids=positions),
+            attention_mask=None,
+            past_key_values=StepCache(batch, latent=self.latent),
+            attention_batch=batch,
+        )[0][0]
+        for chunk in chunks:
+            chunk.slot.length = chunk.end
+        lengths = [chunk.num_tokens for chunk in ordered]
+        parts = dict(zip(batch.order, output.split(lengths), strict=True))
+        return torch.cat([parts[index] for index in range(len(chunks))])
+
+    def slot_with(self, prefix_TH: torch.Tensor) -> Slot:
+        """A sequence that has read its prefix, through the family's module."""
+        slot = self.cache.allocate(len(prefix_TH) + 1)
+        assert slot is not None
+        if len(prefix_TH):
+            self.step(self.ours.attention, [Chunk(slot=slot, num_tokens=len(prefix_TH))], [prefix_TH])
+        return slot
+
+    def expected(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """The last token's output in float64, of the whole sequence at once."""
+        length = len(hidden_TH)
+        positions = torch.arange(length)
+        visible = positions[None] <= positions[:, None]
+        if window := getattr(self.config, "sliding_window", None):
+            visible &= positions[None] > positions[:, None] - window
+        mask = torch.zeros(length, length, dtype=torch.double).masked_fill(~visible, float("-inf"))
+        embeddings = self.rotary(hidden_TH.double()[None], position_ids=positions[None])
+        output: torch.Tensor = self.reference(
+            hidden_states=hidden_TH.double()[None], position_embeddings=embeddings, attention_mask=mask[None, None]
+        )[0]
+        return output[0, -1]
+
+
+def sequences() -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(length + 1, HIDDEN) for length in LENGTHS]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_step_gives_what_the_familys_module_gives(case: str, num_threads: int) -> None:
+    attention, hidden = Attention(case, num_threads), sequences()
+    slots = [attention.slot_with(rows_TH[:-1]) for rows_TH in hidden]
+    assert len({id(slot.arena) for slot in slots}) == 2
+    chunks = [Chunk(slot=slot, num_tokens=1) for slot in slots]
+    got_TH = attention.step(attention.ours, chunks, [rows_TH[-1:] for rows_TH in hidden])
+    expected_TH = torch.stack([attention.expected(rows_TH) for rows_TH in hidden])
+    torch.testing.assert_close(got_TH.double(), expected_TH, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3", "deepseek-v3"])
+def test_what_a_step_writes_is_what_a_prompt_would_have_written(case: str) -> None:
+    """A sequence that is decoded token by token, beside another that is read as a whole."""
+    attention = Attention(case)
+    hidden_TH = sequences()[3]
+    slot = attention.slot_with(hidden_TH[:40])
+    for position in range(40, len(hidden_TH)):
+        one = attention.step(attention.ours, [Chunk(slot=slot, num_tokens=1)], [hidden_TH[position : position + 1]])
+    torch.testing.assert_close(one[0].double(), attention.expected(hidden_TH), atol=2e-5, rtol=1e-4)
+    whole = attention.slot_with(hidden_TH)
+    for name in ("key", "value"):
+        rows = [getattr(each.arena, name)[LAYER, each.index, :, : len(hidden_TH)] for each in (slot, whole)]
+        torch.testing.assert_close(rows[0], rows[1], atol=1e-5, rtol=1e-5)
+    assert not slot.arena.key[1 - LAYER].any()
+
+
+@pytest.mark.parametrize("case", ["qwen3", "deepseek-v3 compressed"])
+def test_a_rows_output_depends_on_no_other_row_and_no_thread(case: str) -> None:
+    hidden = sequences()
+    outputs = []
+    for num_threads in (1, 2):
+        attention = Attention(case, num_threads)
+        slots = [attention.slot_with(rows_TH[:-1]) for rows_TH in hidden]
+        chunks = [Chunk(slot=slot, num_tokens=1) for slot in slots]
+        outputs.append(attention.step(attention.ours, chunks, [rows_TH[-1:] for rows_TH in hidden]))
+    alone = Attention(case)
+    for row, rows_TH in enumerate(hidden):
+        chunk = Chunk(slot=alone.slot_with(rows_TH[:-1]), num_tokens=1)
+        outputs.append(outputs[0].clone())
+        outputs[-1][row] = alone.step(alone.ours, [chunk], [rows_TH[-1:]])[0]
+    assert all(output.equal(outputs[0]) for output in outputs)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "deepseek-v2"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_stays_in_its_row(case: str, value: float) -> None:
+    attention, hidden = Attention(case), sequences()
+    slots = [attention.slot_with(rows_TH[:-1]) for rows_TH in hidden]
+    hidden[2][-1, 5] = value
+    chunks = [Chunk(slot=slot, num_tokens=1) for slot in slots]
+    got_TH = attention.step(attention.ours, chunks, [rows_TH[-1:] for rows_TH in hidden])
+    assert got_TH.isnan().all(dim=1).tolist() == [row == 2 for row in range(len(hidden))]
+
+
+@pytest.mark.parametrize("case", ["mixtral", "deepseek-v3"])
+def test_steps_with_a_prompt_go_through_the_familys_module(case: str) -> None:
+    attention, hidden = Attention(case), sequences()
+    decoding, prompt = attention.slot_with(hidden[3][:-1]), attention.slot_with(hidden[0][:0])
+    chunks = [Chunk(slot=prompt, num_tokens=3), Chunk(slot=decoding, num_tokens=1)]
+    got_TH = attention.step(attention.ours, chunks, [hidden[4][:3], hidden[3][-1:]])
+    expected = [attention.expected(hidden[4][: count + 1]) for count in range(3)]
+    expected.append(attention.expected(hidden[3]))
+    torch.testing.assert_close(got_TH.double(), torch.stack(expected), atol=2e-5, rtol=1e-4)
+
+
+def test_other_families_keep_their_modules() -> None:
+    config = OlmoeConfig(**_COMMON, num_key_value_heads=2)
+    config._attn_implementation = "eager"
+    attention = modeling_olmoe.OlmoeAttention(config, 0)  # norms all heads together
+    assert not GroupedQueryDecode.fits(attention)
+    assert not LatentDecode.fits(attention)
+    unpacked = modeling_mixtral.MixtralAttention(CASES["mixtral"][1], 0)
+    assert not GroupedQueryDecode.fits(unpacked)
