@@ -156,6 +156,10 @@ class EngineHost:
         dtype = pick_dtype(self._config.model.dtype, checkpoint.config(), device)
         if dtype is not torch.float32 and device.type == "cpu":
             raise ConfigError(f"model.dtype: {self._config.model.dtype} is for GPUs; use auto or float32 on a CPU")
+        if device.type == "cpu":
+            # Ray allows an actor one thread. Groups on this machine are idle while the engine computes, and it is
+            # while they do.
+            torch.set_num_threads(usable_cores())
         return load_skeleton(checkpoint, dtype=dtype, device=device), load_tokenizer(checkpoint.directory)
 
     def _registry(self, router: Router, gates: Mapping[int, Gate]) -> CollectorRegistry:

@@ -11,11 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 
 class LatentProjections:
-    """W_UK and W_UV of one attention layer, as views of its `kv_b_proj`.
+    """W_UK and W_UV of one attention layer, as views of its `kv_b_proj`'s weight as it is now.
 
     up_key_HNR: [heads, qk_nope_head_dim, kv_lora_rank];  up_value_HRV: [heads, kv_lora_rank, v_head_dim]
     """
@@ -25,6 +24,7 @@ class LatentProjections:
         self.rope: int = attention.qk_rope_head_dim
         self.rank: int = attention.kv_lora_rank
         self.value_dim: int = attention.v_head_dim
+        self._attention = attention
         self.weight: torch.Tensor = attention.kv_b_proj.weight
         per_head = self.weight.view(-1, self.nope + self.value_dim, self.rank)
         self.up_key_HNR = per_head[:, : self.nope]
@@ -47,7 +47,7 @@ class LatentProjections:
     def expand(self, rows_LD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [heads, L, qk_head_dim] and values [heads, L, v_head_dim] of cached rows."""
         latents_LR, rope_LD = torch.split(rows_LD, [self.rank, self.rope], dim=-1)
-        expanded = F.linear(latents_LR, self.weight).view(rows_LD.shape[0], -1, self.nope + self.value_dim)
+        expanded = self._attention.kv_b_proj(latents_LR).view(rows_LD.shape[0], -1, self.nope + self.value_dim)
         nope_HLN, value_HLV = torch.split(expanded.transpose(0, 1), [self.nope, self.value_dim], dim=-1)
         key_HLD = torch.cat((nope_HLN, rope_LD.expand(nope_HLN.shape[0], -1, -1)), dim=-1)
         return key_HLD, value_HLV

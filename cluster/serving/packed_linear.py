@@ -28,11 +28,11 @@ class PackedLinear(nn.Module):
         return packed_matmul(self.matrix, rows, self._team).view(*hidden.shape[:-1], self.out_features)
 
 
-def pack_linears(model: nn.Module, team: ThreadTeam, *, keep: frozenset[nn.Module]) -> None:
-    """Replace every float32 CPU `nn.Linear` of `model` except those in `keep`, one at a time."""
+def pack_linears(model: nn.Module, team: ThreadTeam) -> None:
+    """Replace every float32 CPU `nn.Linear` of `model`, one at a time."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is not nn.Linear or child in keep:  # a subclass has a forward of its own
+            if type(child) is not nn.Linear:  # a subclass has a forward of its own
                 continue
             if child.weight.dtype == torch.float32 and child.weight.device.type == "cpu":
                 setattr(module, name, PackedLinear(child, team))

@@ -103,7 +103,7 @@ def load_skeleton(source: Checkpoint | str | Path, *, dtype: torch.dtype, device
         module.expand_kv = lambda latents, k_rope: (latents, k_rope)
     if device.type == "cpu":
         team = ThreadTeam(torch.get_num_threads())
-        pack_linears(model, team, keep=frozenset(module.kv_b_proj for module in latent))
+        pack_linears(model, team)
         compile_norms(model)
         _compile_decode_steps(model, team)
     return ModelSkeleton(

@@ -98,7 +98,7 @@ class Attention:
             attention.latent_projections = LatentProjections(attention)
             attention.expand_kv = lambda latents, k_rope: (latents, k_rope)
         team = ThreadTeam(self.num_threads)
-        pack_linears(parent, team, keep=frozenset([attention.kv_b_proj] if latent else []))
+        pack_linears(parent, team)
         compile_norms(parent)
         kind = LatentDecode if latent else GroupedQueryDecode
         assert kind.fits(attention)
