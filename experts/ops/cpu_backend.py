@@ -12,7 +12,7 @@ from experts.errors import ConfigError
 from experts.ops.cpu_format import FORMATS, has_fp16
 from experts.ops.cpu_threads import ThreadTeam
 from experts.ops.packed_matmul import ROWS_A_READ, PackedMatrix
-from experts.ops.unpermute import compiled_unpermute, unpermute
+from experts.ops.unpermute import compiled_unpermute
 from experts.quant.fp8_block import Fp8Block
 from experts.quant.scheme import QuantisedWeight
 from experts.spec import ExpertSpec, ExpertWeights
@@ -66,6 +66,7 @@ class CpuBackend:
         if quantization == "fp16" and not has_fp16():
             raise ConfigError("model.quantization: fp16 on this CPU needs AVX2; use none or int8")
         self._spec = spec
+        self._limit = float("inf") if spec.limit is None else spec.limit
         self._pack = FORMATS[quantization]
         self._team = ThreadTeam(num_threads)
         self._slots: dict[int, _Slot] = {}
@@ -120,7 +121,6 @@ class CpuBackend:
             return torch.zeros(len(hidden_TH), self._spec.hidden_size)
         tasks = self._tasks(slots_S.tolist(), offsets_S1.tolist())
         spec, some = self._spec, self._slots[tasks[0].slots[0]]
-        limit = float("inf") if spec.limit is None else spec.limit
         tokens, token_rows = hidden_TH.float().contiguous().numpy(), token_rows_R.numpy()
         out_RP = np.empty((len(token_rows), some.down.num_columns), np.float32)
 
@@ -133,7 +133,7 @@ class CpuBackend:
                 np.array(task.starts),
                 tokens,
                 token_rows,
-                limit,
+                self._limit,
                 spec.up_shift,
                 np.empty((num_rows, spec.hidden_size), np.float32),
                 np.empty((num_rows, some.up.num_columns), np.float32),
@@ -142,7 +142,9 @@ class CpuBackend:
             )
 
         self._team.run(run, len(tasks))
-        return unpermute(torch.from_numpy(out_RP)[:, : spec.hidden_size], token_rows_R, weights_R, len(hidden_TH))
+        partial_TH = np.zeros((hidden_TH.shape[0], spec.hidden_size), np.float32)
+        compiled_unpermute()(out_RP, token_rows, weights_R.numpy(), partial_TH)
+        return torch.from_numpy(partial_TH)
 
     def _tasks(self, slots: list[int], offsets: list[int]) -> list[_Task]:
         """Work in pieces of like size: two for each thread, or more where there is much; one where there is little."""

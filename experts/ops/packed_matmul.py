@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
@@ -19,7 +22,16 @@ _SHARED_WORK = 8 << 20
 HELD = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int8: "int8"}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class _Product(NamedTuple):
+    """What a call of the compiled product needs of a matrix."""
+
+    run: Callable[..., None]
+    panels: npt.NDArray[np.int64]
+    scales: npt.NDArray[np.int64]
+    biases: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
 class PackedMatrix:
     """A weight [O, I] and its bias.
 
@@ -57,6 +69,15 @@ class PackedMatrix:
         """Bytes that the weight takes, and that a product reads."""
         return self.panels.nbytes
 
+    @cached_property
+    def product(self) -> _Product:
+        """Compiled when it is first asked for, half a second for a dtype."""
+        # Loads LLVM, which a process without experts on CPU does not need.
+        from experts.ops._numba.packed_matmul import compile_matmul
+
+        addresses = (np.array([address]) for address in self.addresses())
+        return _Product(compile_matmul(self.format, biased=self.bias_PL is not None), *addresses)
+
     def addresses(self) -> tuple[int, int, int]:
         """Of panels, scales and biases, 0 where there are none."""
         scale, bias = self.scale_PL, self.bias_PL
@@ -78,7 +99,7 @@ def pack_matrix(
         scale_PL=None if scale_O is None else F.pad(scale_O.float(), (0, padding)).view(-1, PANEL),
         bias_PL=None if bias_O is None else F.pad(bias_O.float(), (0, padding)).view(-1, PANEL),
     )
-    compiled_matmul(matrix)
+    _ = matrix.product
     return matrix
 
 
@@ -100,38 +121,31 @@ def packed_matmul(matrix: PackedMatrix, rows_RI: torch.Tensor, team: ThreadTeam 
     assert rows_RI.dtype is torch.float32
     assert rows_RI.shape[1] == num_inputs
     rows_RI = rows_RI.contiguous()
-    out_RP = torch.empty(len(rows_RI), matrix.num_columns)
-    starts = np.array([0, len(rows_RI)])
-    matmul = compiled_matmul(matrix)
-    panels, scale, bias = matrix.addresses()
-    work = matrix.nbytes * (1 + len(rows_RI) / ROWS_A_READ)
+    num_rows, columns, product = rows_RI.shape[0], matrix.num_columns, matrix.product
+    out_RP = torch.empty(num_rows, columns)
+    starts = np.array([0, num_rows])
+    work = matrix.nbytes * (1 + num_rows / ROWS_A_READ)
     pieces = 1 if team is None or work < _SHARED_WORK else team.num_threads
 
     def run(piece: int) -> None:
         first, last = num_panels * piece // pieces, num_panels * (piece + 1) // pieces
         column_bytes = first * panel * 4
-        matmul(
-            np.array([panels + first * num_inputs * panel * matrix.panels.itemsize]),
-            np.array([scale + column_bytes]),
-            np.array([bias + column_bytes]),
+        product.run(
+            product.panels + first * num_inputs * panel * matrix.panels.itemsize,
+            product.scales + column_bytes,
+            product.biases + column_bytes,
             starts,
             last - first,
             num_inputs,
             rows_RI.data_ptr(),
             num_inputs * 4,
             out_RP.data_ptr() + column_bytes,
-            matrix.num_columns * 4,
+            columns * 4,
         )
 
-    if team is None:
-        run(0)
+    if team is None or pieces == 1:
+        rows, out = rows_RI.data_ptr(), out_RP.data_ptr()
+        product.run(*product[1:], starts, num_panels, num_inputs, rows, num_inputs * 4, out, columns * 4)
     else:
         team.run(run, pieces)
-    return out_RP[:, : matrix.num_outputs]
-
-
-def compiled_matmul(matrix: PackedMatrix) -> Callable[..., None]:
-    """The product that `packed_matmul` runs for `matrix`; the first call for a dtype takes half a second."""
-    from experts.ops._numba.packed_matmul import compile_matmul
-
-    return compile_matmul(matrix.format, biased=matrix.bias_PL is not None)
+    return out_RP if columns == matrix.num_outputs else out_RP[:, : matrix.num_outputs]

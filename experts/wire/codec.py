@@ -6,17 +6,17 @@ way out and once on its way in. The layout is `ForwardRequest` and `ForwardReply
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
 import torch
-from google.protobuf.message import DecodeError
 
 from experts.errors import ExpertNotResident, MeshError, RequestError, SegmentUnreachable
 from experts.node_call import NodeCall, NodeShare
 from experts.spec import ExpertCall
-from experts.wire.frame import decode_tensor, encode_frame, split_frame, torch_dtype, wire_dtype
+from experts.wire.frame import decode_tensor, encode_frame, open_frame, torch_dtype, wire_dtype
 from experts.wire.shared_memory import Place, Segment, SharedBytes
 from experts.wire.v1 import expert_pb2 as pb
 
@@ -97,11 +97,7 @@ def decode_call(data: bytes, shared: SharedBytes | None = None) -> WireCall:
     Whether the group knows the layer, the experts and the width is the shard's to check. Raises BadCall
     (a RequestError) naming the field.
     """
-    head_bytes, body = split_frame(data)
-    try:
-        head = pb.ForwardRequest.FromString(head_bytes)
-    except DecodeError as error:
-        raise RequestError(f"message: not a ForwardRequest ({error})", "message") from None
+    head, body = open_frame(pb.ForwardRequest, data, "hidden")
     try:
         hidden_TH = decode_tensor(body, "hidden", shared, copy=False)
         if hidden_TH.dim() != 2:
@@ -150,11 +146,7 @@ def encode_failure(call_id: int, error: Exception) -> bytes:
 
 def decode_partial(data: bytes, shared: SharedBytes | None = None) -> WireReply:
     """Read a ForwardReply, copying what lies in shared memory. Raises RequestError for bytes that are none."""
-    head_bytes, body = split_frame(data)
-    try:
-        head = pb.ForwardReply.FromString(head_bytes)
-    except DecodeError as error:
-        raise RequestError(f"message: not a ForwardReply ({error})", "message") from None
+    head, body = open_frame(pb.ForwardReply, data, "partial")
     if not head.HasField("failure"):
         return WireReply(call_id=head.call_id, partial_TH=decode_tensor(body, "partial", shared).float())
     message, failure = head.failure.message, MeshError(f"the expert group failed: {head.failure.message}")
@@ -227,20 +219,18 @@ def _check(
     weights_R: torch.Tensor,
 ) -> None:
     """The parts of a call agree: what the arithmetic relies on, it never indexes out of bounds after this."""
-    num_experts, num_rows = len(expert_ids_S), len(token_rows_R)
-    ids, offsets, rows = expert_ids_S.numpy(), offsets_S1.numpy(), token_rows_R.numpy()
-    if num_experts and (ids[0] < 0 or (ids[1:] <= ids[:-1]).any()):
+    # There are never many experts: lists are looked through in less time than numpy takes to begin.
+    ids, offsets, num_rows = expert_ids_S.tolist(), offsets_S1.tolist(), len(token_rows_R)
+    if not all(map(operator.lt, [-1, *ids], ids)):
         raise RequestError("expert_ids: distinct non-negative ids in ascending order expected", "expert_ids")
-    if len(offsets) != num_experts + 1:
-        raise RequestError(
-            f"offsets: {num_experts} experts need {num_experts + 1} offsets, not {len(offsets)}", "offsets"
-        )
-    if offsets[0] != 0 or offsets[-1] != num_rows or (offsets[1:] < offsets[:-1]).any():
+    if len(offsets) != len(ids) + 1:
+        raise RequestError(f"offsets: {len(ids)} experts need {len(ids) + 1} offsets, not {len(offsets)}", "offsets")
+    if offsets[0] != 0 or offsets[-1] != num_rows or not all(map(operator.le, offsets, offsets[1:])):
         raise RequestError(
             f"offsets: must rise from 0 to the number of token_rows ({num_rows}), not {offsets[0]} to {offsets[-1]}",
             "offsets",
         )
-    if num_rows and rows.view(np.uint32).max() >= num_tokens:  # a negative row is a large one
+    if num_rows and token_rows_R.numpy().view(np.uint32).max() >= num_tokens:  # a negative row is a large one
         raise RequestError(f"token_rows: rows 0 to {num_tokens - 1} of hidden can be read", "token_rows")
     if len(weights_R) != num_rows:
         raise RequestError(f"weights: one per token_row ({num_rows}) expected, not {len(weights_R)}", "weights")

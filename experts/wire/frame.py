@@ -8,6 +8,7 @@ rest, and found again by stepping over the top-level fields.
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from google.protobuf.message import DecodeError, Message
@@ -18,6 +19,10 @@ from experts.wire.v1 import expert_pb2 as pb
 
 SCALE_COLUMNS = 128
 
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+
+# Up to here protobuf's own copies cost less than finding the tensor's bytes.
+_PLAIN_BYTES = 64 * 1024
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
 _TO_WIRE = {
@@ -72,6 +77,21 @@ def encode_frame(
     return b"".join((head.SerializeToString(), _TAG_15, _varint(size), meta_bytes, data_head, data))
 
 
+def open_frame(kind: type[AnyMessage], data: bytes, field: str) -> tuple[AnyMessage, pb.Tensor | memoryview]:
+    """A message of `kind`, and its tensor in field 15, called `field`, for `decode_tensor`.
+
+    Raises RequestError for bytes that are no such message.
+    """
+    try:
+        if len(data) <= _PLAIN_BYTES:
+            head = kind.FromString(data)
+            return head, getattr(head, field)
+        head_bytes, body = split_frame(data)
+        return kind.FromString(head_bytes), body
+    except DecodeError as error:
+        raise RequestError(f"message: not a {kind.DESCRIPTOR.name} ({error})", "message") from None
+
+
 def split_frame(data: bytes | memoryview) -> tuple[bytes, memoryview]:
     """Part a serialised message into everything but field 15, and field 15's bytes (empty if absent).
 
@@ -107,23 +127,27 @@ def split_frame(data: bytes | memoryview) -> tuple[bytes, memoryview]:
 
 
 def decode_tensor(
-    body: memoryview | bytes, field: str, shared: SharedBytes | None = None, *, copy: bool = True
+    body: pb.Tensor | memoryview | bytes, field: str, shared: SharedBytes | None = None, *, copy: bool = True
 ) -> torch.Tensor:
-    """Read the bytes of a Tensor message into a tensor of its own memory; float8 comes back as float32.
+    """Read a Tensor message, or its bytes, into a tensor of its own memory; float8 comes back as float32.
 
     shared: finds data that lies in shared memory; None: data must be in the message
     copy:   False leaves it there: the tensor is good for as long as the caller lets the memory be
 
     Raises RequestError naming `field` where dtype, shape and number of bytes do not agree.
     """
-    meta_bytes, data = split_frame(body)
-    try:
-        meta = pb.Tensor.FromString(meta_bytes)
-    except DecodeError as error:
-        raise RequestError(f"{field}: not a Tensor message ({error})", field) from None
+    data: memoryview | bytes
+    if isinstance(body, pb.Tensor):
+        meta, data = body, body.data
+    else:
+        meta_bytes, data = split_frame(body)
+        try:
+            meta = pb.Tensor.FromString(meta_bytes)
+        except DecodeError as error:
+            raise RequestError(f"{field}: not a Tensor message ({error})", field) from None
     dtype = torch_dtype(meta.dtype, f"{field}.dtype")
     shape = tuple(meta.shape)
-    if len(shape) > 3 or any(size >= 2**31 for size in shape):
+    if len(shape) > 3 or max(shape, default=0) >= 2**31:
         raise RequestError(f"{field}.shape: at most 3 sizes below 2^31, not {list(shape)[:8]}", f"{field}.shape")
     expected = math.prod(shape) * dtype.itemsize
     if meta.HasField("shared"):
@@ -132,9 +156,9 @@ def decode_tensor(
         data = shared.view(meta.shared.segment, meta.shared.offset, expected)
     else:
         copy = True
-    if data.nbytes != expected:
+    if len(data) != expected:
         raise RequestError(
-            f"{field}.data: {data.nbytes} bytes, but shape {list(shape)} of "
+            f"{field}.data: {len(data)} bytes, but shape {list(shape)} of "
             f"{str(dtype).removeprefix('torch.')} needs {expected}",
             f"{field}.data",
         )

@@ -8,7 +8,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from experts.errors import RequestError
-from experts.wire.frame import decode_tensor, encode_frame, split_frame
+from experts.wire.frame import decode_tensor, encode_frame, open_frame
 from experts.wire.v1 import expert_pb2
 from router_service.placement import PlacementTable
 from router_service.wire.v1 import router_pb2 as pb
@@ -27,21 +27,13 @@ class RouterCall:
 
 def decode_route(data: bytes) -> RouterCall:
     """Read a RouteRequest. Raises RequestError naming the field."""
-    head_bytes, body = split_frame(data)
-    try:
-        head = pb.RouteRequest.FromString(head_bytes)
-    except DecodeError as error:
-        raise RequestError(f"message: not a RouteRequest ({error})", "message") from None
+    head, body = open_frame(pb.RouteRequest, data, "hidden")
     return RouterCall(call_id=head.call_id, layer=head.layer, hidden_TH=decode_tensor(body, "hidden"))
 
 
 def decode_dispatch(data: bytes) -> RouterCall:
     """Read a DispatchRequest. Raises RequestError naming the field."""
-    head_bytes, body = split_frame(data)
-    try:
-        head = pb.DispatchRequest.FromString(head_bytes)
-    except DecodeError as error:
-        raise RequestError(f"message: not a DispatchRequest ({error})", "message") from None
+    head, body = open_frame(pb.DispatchRequest, data, "hidden")
     hidden_TH = decode_tensor(body, "hidden")
     if hidden_TH.dim() != 2:
         raise RequestError(f"hidden.shape: [T, H] expected, not {list(hidden_TH.shape)}", "hidden.shape")

@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit
 
 from experts.ops._numba.activations import exp
+from experts.ops._numba.object_cache import part
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 # Sums may be taken in vectors; NaN and infinity still mean what they mean.
@@ -26,8 +27,10 @@ def attend(key_dim: int, value_dim: int) -> Callable[..., None]:
     """A function for others to call, of float32 query [G, key_dim], keys [L, key_dim], values [L, at least value_dim],
     the scale of the scores, [G, L] to work in and out [G, value_dim]."""
 
+    dims = key_dim, value_dim
+
     # Two queries and four keys at a time: what is loaded once is used more than once.
-    @njit(nogil=True, fastmath=SUMS)
+    @part(dims, fastmath=SUMS)
     def score(query, key, scale, scores):  # type: ignore[no-untyped-def]
         num_queries, length = query.shape[0], key.shape[0]
         paired, whole = num_queries - num_queries % 2, length - length % 4
@@ -55,7 +58,7 @@ def attend(key_dim: int, value_dim: int) -> Callable[..., None]:
                     total += query[g, i] * key[at, i]
                 scores[g, at] = total * scale
 
-    @njit(nogil=True, fastmath=SUMS)
+    @part(dims, fastmath=SUMS)
     def weigh(weights, value, out):  # type: ignore[no-untyped-def]
         num_queries, length = out.shape[0], value.shape[0]
         whole = length - length % 4
@@ -75,7 +78,7 @@ def attend(key_dim: int, value_dim: int) -> Callable[..., None]:
                 for i in range(value_dim):
                     out[g, i] += weight * value[at, i]
 
-    @njit(nogil=True, fastmath=SUMS)
+    @part(dims, fastmath=SUMS)
     def attend_one(query, key, value, scale, scores, out):  # type: ignore[no-untyped-def]
         num_queries, length = query.shape[0], key.shape[0]
         score(query, key, scale, scores)

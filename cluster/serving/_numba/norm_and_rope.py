@@ -10,6 +10,7 @@ import numpy as np
 from numba import njit
 
 from cluster.serving._numba.attend import SUMS
+from experts.ops._numba.object_cache import part
 
 Rope = Literal["halves", "pairs", "pairs_to_halves"]
 
@@ -36,7 +37,7 @@ def rotate(rope: Rope, dim: int) -> Callable[..., None]:
     half = dim // 2
     from_pairs, to_pairs = rope != "halves", rope == "pairs"
 
-    @njit(nogil=True)
+    @part((rope, dim))
     def rotate_one(values, cos, sin, out):  # type: ignore[no-untyped-def]
         for i in range(half):
             low, high = (values[2 * i], values[2 * i + 1]) if from_pairs else (values[i], values[i + half])

@@ -35,14 +35,29 @@ def compiled(
 
     variant: what `function` closes over, apart from what this package's sources and those beside it say.
     """
-    dispatcher = numba.njit(nogil=True, **options)(function)
     own = Path(function.__code__.co_filename).parent
-    key = hashlib.sha256(repr((_basis(own), function.__name__, signature, variant, options)).encode())
-    dispatcher._cache = _ObjectCache(cache_directory() / "compiled" / f"{function.__name__}-{key.hexdigest()}")
+    key = hashlib.sha256(repr((_basis(own), function.__name__, signature, variant, options)).encode()).hexdigest()
+    dispatcher = part(variant, **options)(function)
+    dispatcher._cache = _ObjectCache(cache_directory() / "compiled" / f"{function.__name__}-{key}")
     dispatcher.compile(signature)
     dispatcher.disable_compile()
     result: Callable[..., None] = dispatcher
     return result
+
+
+def part(variant: tuple[object, ...], **options: Any) -> Callable[[Callable[..., None]], Any]:
+    """`numba.njit(nogil=True, **options)` for a function that compiled ones call, and that closes over `variant`.
+
+    Object code of several processes is linked by name, and numba numbers functions anew in each: what differs must
+    have another name.
+    """
+
+    def decorate(function: Callable[..., None]) -> Any:
+        digest = hashlib.sha256(repr(variant).encode()).hexdigest()
+        function.__qualname__ = f"{function.__name__}_{digest[:16]}"
+        return numba.njit(nogil=True, **options)(function)
+
+    return decorate
 
 
 @cache
@@ -72,11 +87,14 @@ class _ObjectCache(_Cache):  # type: ignore[misc]
         except OSError:
             return None
         digest, code = content[:32], content[32:]
-        if hashlib.sha256(code).digest() != digest:
-            log.warning("%s is damaged: compiling again", self._path)
+        try:
+            if hashlib.sha256(code).digest() != digest:
+                raise ValueError("its bytes are not those that were written")
+            # As numba's own cache does: the directory is this user's own.
+            return CompileResult._rebuild(target, *pickle.loads(code))
+        except Exception as error:
+            log.warning("%s is damaged, compiling again: %s", self._path, error)
             return None
-        # As numba's own cache does: the directory is this user's own.
-        return CompileResult._rebuild(target, *pickle.loads(code))
 
     def save_overload(self, _: Any, result: Any) -> None:
         """Keep `result`; where nothing can be written, the next process compiles again."""

@@ -48,6 +48,15 @@ def test_a_variant_has_code_of_its_own(cache: Path) -> None:
     assert len(list(cache.iterdir())) == 2
 
 
+def test_variants_have_names_of_their_own(cache: Path) -> None:
+    """Code from the disk is linked by name; numba's own numbers are those of the process that compiled it."""
+    names = {adder(term).py_func.__qualname__ for term in (1, 2, 3)}
+    assert len(names) == 3
+    for term in (1, 2, 3):
+        (compiled_code,) = adder(term).overloads.values()
+        assert any(name in compiled_code.fndesc.qualname for name in names)
+
+
 def test_other_sources_or_another_processor_are_another_key(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adder(1)
     monkeypatch.setattr("experts.ops._numba.object_cache._basis", lambda own: ("another processor",))
