@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -98,60 +100,43 @@ def plan_rows(
     """Split routed rows (expert, token, weight; token ascending within an expert's rows) over groups.
 
     slot_R: the slot that each row goes to; None: an expert's slots share its rows evenly.
-
-    One sort over all rows, then a dozen array operations for each group that has any.
     """
     if slot_R is None:
         # The token's number picks the slot: even load without state, and the same plan for the same batch.
         turn_R = token_R % index.num_slots_E[expert_R] if index.redundant else 0
         slot_R = index.slots_of_expert_EJ[expert_R, turn_R]
-    num_slots = len(index.expert_of_slot_S)
-    # Stable sort of 16-bit keys is a radix sort.
-    order_R = (slot_R.astype(np.int16) if num_slots < 2**15 else slot_R).argsort(kind="stable")
-    slot_R, token_R, weight_R = slot_R[order_R], token_R[order_R], weight_R[order_R]
-    # Rows of group g; "no expert" sorts behind the last.
-    row_bounds = slot_R.searchsorted(index.group_bounds_G1).tolist()
-    used = [group for group, first in enumerate(row_bounds[:-1]) if first < row_bounds[group + 1]]
-    tokens = _distinct_tokens(num_tokens, token_R, used, row_bounds)
-
+    num_rows, num_groups = len(slot_R), len(index.group_bounds_G1) - 1
+    weights_R = np.empty(num_rows, np.float32)
+    token_rows_R, experts_R, tokens_R = (np.empty(num_rows, np.int32) for _ in range(3))
+    offsets_RG = np.empty(num_rows + num_groups, np.int32)
+    shares_G3 = np.empty((num_groups, 3), np.int64)
+    compiled_split_rows()(
+        *(slot_R, token_R, weight_R, num_tokens, index.expert_of_slot_S, index.group_bounds_G1),
+        *(weights_R, token_rows_R, experts_R, offsets_RG, tokens_R, shares_G3),
+    )
     parts = []
-    for group, (tokens_T, token_rows_R) in zip(used, tokens, strict=True):
-        rows = slice(row_bounds[group], row_bounds[group + 1])
-        slots_R = slot_R[rows]
-        first_R = np.empty(len(slots_R) + 1, dtype=bool)
-        first_R[0] = first_R[-1] = True
-        np.not_equal(slots_R[1:], slots_R[:-1], out=first_R[1:-1])
-        offsets_S1 = first_R.nonzero()[0].astype(np.int32)
-        parts.append(
-            GroupPart(
-                group=group,
-                layer=layer,
-                tokens_T=tokens_T,
-                expert_ids_S=index.expert_of_slot_S[slots_R[offsets_S1[:-1]]],
-                offsets_S1=offsets_S1,
-                token_rows_R=token_rows_R,
-                weights_R=weight_R[rows],
+    row = expert = offset = token = 0
+    for group, (rows, experts, tokens) in enumerate(shares_G3.tolist()):
+        if rows:
+            parts.append(
+                GroupPart(
+                    group=group,
+                    layer=layer,
+                    tokens_T=tokens_R[token : token + tokens] if tokens else None,
+                    expert_ids_S=experts_R[expert : expert + experts],
+                    offsets_S1=offsets_RG[offset : offset + experts + 1],
+                    token_rows_R=token_rows_R[row : row + rows],
+                    weights_R=weights_R[row : row + rows],
+                )
             )
-        )
+            row, expert, offset, token = row + rows, expert + experts, offset + experts + 1, token + tokens
     return tuple(parts)
 
 
-def _distinct_tokens(
-    num_tokens: int, token_R: IntArray, used: list[int], row_bounds: list[int]
-) -> list[tuple[IntArray | None, IntArray]]:
-    """(tokens_T, token_rows_R) of each group in `used`, whose rows are `row_bounds[g]:row_bounds[g + 1]`."""
-    if num_tokens == 1:
-        return [(None, token_R[row_bounds[group] : row_bounds[group + 1]]) for group in used]
-    found: list[tuple[IntArray | None, IntArray]] = []
-    for group in used:
-        rows_R = token_R[row_bounds[group] : row_bounds[group + 1]]
-        marked = np.zeros(num_tokens, dtype=bool)
-        marked[rows_R] = True
-        tokens_T = marked.nonzero()[0].astype(np.int32)
-        if len(tokens_T) == num_tokens:
-            found.append((None, rows_R))
-            continue
-        number = np.empty(num_tokens, dtype=np.int32)
-        number[tokens_T] = np.arange(len(tokens_T), dtype=np.int32)
-        found.append((tokens_T, number[rows_R]))
-    return found
+@cache
+def compiled_split_rows() -> Callable[..., None]:
+    """What sorts rows; the first call compiles it."""
+    # Loads LLVM, which a group's process does not need from here.
+    from router_service._numba.split_rows import compile_split_rows
+
+    return compile_split_rows()

@@ -11,7 +11,7 @@ import torch
 
 from experts.errors import GroupUnavailable, RequestError
 from router_service.counters import RouterCounters
-from router_service.dispatch import plan_dispatch
+from router_service.dispatch import compiled_split_rows, plan_dispatch
 from router_service.failover import Failover, OnExpertLoss
 from router_service.gating.gate import ChoiceLimit, Gate
 from router_service.node_limit import NodeLimit
@@ -51,6 +51,7 @@ class Router:
         max_nodes_per_token: int | None = None,
         node_limit_mode: NodeLimitMode = "exact",
     ) -> None:
+        compiled_split_rows()  # now, rather than in the first request
         self.counters = RouterCounters()
         self._transport = transport
         self._gates = gates

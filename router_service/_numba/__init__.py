@@ -1,0 +1,1 @@
+"""Planning, compiled for this machine's CPU."""

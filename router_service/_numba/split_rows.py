@@ -1,0 +1,95 @@
+"""Routed rows in the order of their slots, and each group's share of them, compiled for this machine's CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from experts.ops._numba.object_cache import compiled
+
+
+@cache
+def compile_split_rows() -> Callable[..., None]:
+    """A counting sort over slots, then each group's experts and distinct tokens; it runs without the GIL.
+
+    Arguments:
+        slot_R        int32 [R]: of each row; S, the number of slots, for none
+        token_R       int32 [R], below `num_tokens`;  weight_R  float32 [R]
+        num_tokens
+        expert_of_slot_S, group_bounds_G1: see `router_service.slot_index.SlotIndex`
+    What it fills, group after group:
+        weights_R     float32 [R];  token_rows_R int32 [R]: into the group's tokens
+        experts_R     int32 [R];  offsets_RG int32 [R + G]: of each expert's rows, counted from the group's first
+        tokens_R      int32 [R]: the group's distinct tokens, ascending
+        shares_G3     int64 [G, 3]: rows, experts and tokens of each group; no tokens where it needs all of them
+    """
+
+    def split_rows(
+        slot_R: Any,
+        token_R: Any,
+        weight_R: Any,
+        num_tokens: Any,
+        expert_of_slot_S: Any,
+        group_bounds_G1: Any,
+        weights_R: Any,
+        token_rows_R: Any,
+        experts_R: Any,
+        offsets_RG: Any,
+        tokens_R: Any,
+        shares_G3: Any,
+    ) -> None:
+        num_slots = len(expert_of_slot_S)
+        starts = np.zeros(num_slots + 2, np.int64)
+        for slot in slot_R:
+            starts[slot + 1] += 1
+        for slot in range(num_slots + 1):
+            starts[slot + 1] += starts[slot]
+        place = starts[: num_slots + 1].copy()
+        for row in range(len(slot_R)):
+            at = place[slot_R[row]]
+            place[slot_R[row]] += 1
+            if slot_R[row] < num_slots:
+                weights_R[at] = weight_R[row]
+                token_rows_R[at] = token_R[row]
+        number = np.empty(num_tokens, np.int32)
+        expert, token, offset = 0, 0, 0
+        for group in range(len(shares_G3)):
+            first, last = starts[group_bounds_G1[group]], starts[group_bounds_G1[group + 1]]
+            num_experts, num_distinct = 0, 0
+            if first < last:
+                for slot in range(group_bounds_G1[group], group_bounds_G1[group + 1]):
+                    if starts[slot] < starts[slot + 1]:
+                        experts_R[expert + num_experts] = expert_of_slot_S[slot]
+                        offsets_RG[offset + num_experts] = starts[slot] - first
+                        num_experts += 1
+                offsets_RG[offset + num_experts] = last - first
+                offset += num_experts + 1
+                number[:] = -1
+                for row in range(first, last):
+                    if number[token_rows_R[row]] < 0:
+                        number[token_rows_R[row]] = 0
+                        num_distinct += 1
+                if num_distinct == num_tokens:
+                    num_distinct = 0
+                else:
+                    following = 0
+                    for each in range(num_tokens):
+                        if number[each] == 0:
+                            number[each] = following
+                            tokens_R[token + following] = each
+                            following += 1
+                    for row in range(first, last):
+                        token_rows_R[row] = number[token_rows_R[row]]
+            shares_G3[group, 0], shares_G3[group, 1], shares_G3[group, 2] = last - first, num_experts, num_distinct
+            expert += num_experts
+            token += num_distinct
+
+    ints, floats = types.int32[::1], types.float32[::1]
+    signature = types.void(
+        *(ints, ints, floats, types.int64, ints, ints, floats, ints, ints, ints, ints, types.int64[:, ::1])
+    )
+    return compiled(split_rows, signature, variant=())
