@@ -68,7 +68,7 @@ class ExpertServer:
         except RuntimeError:
             raise ConfigError(f"cannot listen on {host}:{port}; is the port taken?") from None
         self.address = f"{host}:{bound}"
-        self._local = LocalServer(self.address, self._stream)
+        self._local = LocalServer(self.address, self._stream, max_message_bytes=MAX_MESSAGE_BYTES)
 
     def start(self) -> None:
         """Begin to answer."""

@@ -78,7 +78,7 @@ def plan_dispatch(
     """
     num_tokens, top_k = expert_ids_TK.shape
     expert_R = expert_ids_TK.detach().cpu().numpy().reshape(-1)
-    weight_R = weights_TK.detach().cpu().numpy().reshape(-1)
+    weight_R = np.ascontiguousarray(weights_TK.detach().cpu().numpy().reshape(-1), np.float32)
     token_R = np.repeat(np.arange(num_tokens, dtype=np.int32), top_k)
     slot_R = cover(expert_R.reshape(num_tokens, top_k)).reshape(-1) if cover is not None else None
     return DispatchPlan(
@@ -105,6 +105,7 @@ def plan_rows(
         # The token's number picks the slot: even load without state, and the same plan for the same batch.
         turn_R = token_R % index.num_slots_E[expert_R] if index.redundant else 0
         slot_R = index.slots_of_expert_EJ[expert_R, turn_R]
+    slot_R, token_R = np.ascontiguousarray(slot_R, np.int32), np.ascontiguousarray(token_R, np.int32)
     num_rows, num_groups = len(slot_R), len(index.group_bounds_G1) - 1
     weights_R = np.empty(num_rows, np.float32)
     token_rows_R, experts_R, tokens_R = (np.empty(num_rows, np.int32) for _ in range(3))

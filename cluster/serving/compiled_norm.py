@@ -24,6 +24,7 @@ class CompiledNorm(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: float32 [..., H], same shape back."""
         size = hidden.shape[-1]
+        assert size == len(self._weight)  # compiled code looks at no bounds
         rows_RH = hidden.reshape(-1, size)
         out_RH = torch.empty(rows_RH.shape)
         self._compiled(rows_RH.contiguous().numpy(), self._weight, self.variance_epsilon, out_RH.numpy())

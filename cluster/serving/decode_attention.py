@@ -29,11 +29,13 @@ Ints = npt.NDArray[np.int64]
 class DecodeAttention(nn.Module, ABC):
     """In place of a family's attention module, which it keeps for prompts.
 
-    onto: the output projection
+    onto:     the output projection
+    rope_dim: how many numbers of a head turn
     """
 
-    def __init__(self, attention: Any, onto: PackedMatrix, team: ThreadTeam) -> None:
+    def __init__(self, attention: Any, onto: PackedMatrix, rope_dim: int, team: ThreadTeam) -> None:
         super().__init__()
+        self._rope_dim = rope_dim
         self.attention = attention
         self._onto = onto
         self._team = team
@@ -66,6 +68,7 @@ class DecodeAttention(nn.Module, ABC):
         started = time.perf_counter()
         hidden_TH = hidden_states[0].contiguous().numpy()
         cos_TD, sin_TD = (each[0].contiguous().numpy() for each in self._angles(arguments["position_embeddings"]))
+        assert cos_TD.shape[1] >= self._rope_dim // 2  # compiled code looks at no bounds
         out_TP = torch.empty(len(hidden_TH), self._onto.num_columns)
         out = out_TP.numpy()
         pieces = [

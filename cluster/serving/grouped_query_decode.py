@@ -20,7 +20,7 @@ class GroupedQueryDecode(DecodeAttention):
     """See DecodeAttention."""
 
     def __init__(self, attention: Any, team: ThreadTeam) -> None:
-        super().__init__(attention, attention.o_proj.matrix, team)
+        super().__init__(attention, attention.o_proj.matrix, attention.head_dim, team)
         # Loads LLVM, which a GPU's process does not need.
         from cluster.serving._numba.grouped_query_decode import compile_grouped_query_decode
 
@@ -50,8 +50,10 @@ class GroupedQueryDecode(DecodeAttention):
     @staticmethod
     def fits(attention: Any) -> bool:
         """Whether a module's decode steps can be computed here."""
+        rope = getattr(getattr(attention, "config", None), "rope_parameters", None) or {}
         return (
             type(attention).__name__ in _FAMILIES
+            and rope.get("partial_rotary_factor", 1.0) == 1.0
             and isinstance(attention.o_proj, PackedLinear)
             and can_join(attention.q_proj, attention.k_proj, attention.v_proj)
         )

@@ -20,7 +20,7 @@ class LatentDecode(DecodeAttention):
     """See DecodeAttention, and `cluster.serving.latent_attention` for what is absorbed."""
 
     def __init__(self, attention: Any, team: ThreadTeam) -> None:
-        super().__init__(attention, attention.o_proj.matrix, team)
+        super().__init__(attention, attention.o_proj.matrix, attention.qk_rope_head_dim, team)
         # Loads LLVM, which a GPU's process does not need.
         from cluster.serving._numba.latent_decode import compile_latent_decode
 

@@ -23,6 +23,9 @@ from experts.wire.v1 import expert_pb2 as pb
 MAX_MESSAGE_BYTES = 512 * 1024 * 1024
 """Largest message either end accepts: 18000 tokens of 7168 float32 values."""
 
+MAX_EXPERTS = 65536
+"""Most experts that a call may name."""
+
 # gRPC's status codes, as Failure.code carries them.
 INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, INTERNAL = 3, 5, 9, 13
 # Answers begin at whole cache lines of a segment.
@@ -219,6 +222,8 @@ def _check(
     weights_R: torch.Tensor,
 ) -> None:
     """The parts of a call agree: what the arithmetic relies on, it never indexes out of bounds after this."""
+    if len(expert_ids_S) > MAX_EXPERTS or len(offsets_S1) > MAX_EXPERTS + 1:
+        raise RequestError(f"expert_ids: {len(expert_ids_S)} experts; no layer has over {MAX_EXPERTS}", "expert_ids")
     # There are never many experts: lists are looked through in less time than numpy takes to begin.
     ids, offsets, num_rows = expert_ids_S.tolist(), offsets_S1.tolist(), len(token_rows_R)
     if not all(map(operator.lt, [-1, *ids], ids)):

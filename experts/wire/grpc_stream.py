@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 import grpc
 
-from experts.wire.message_stream import MessageStream, StreamClosed
+from experts.wire.message_stream import SEND_TIMEOUT_S, MessageStream, StreamClosed
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
@@ -80,7 +80,7 @@ class GrpcStream(MessageStream):
             left = memoryview(struct.pack(">BI", 0, len(message)) + message)
             while left:
                 if min(self._windows.values()) <= 0:
-                    self.read_until(lambda: min(self._windows.values()) > 0)
+                    self.read_until(lambda: min(self._windows.values()) > 0, SEND_TIMEOUT_S)
                 with self._changed:
                     size = min(len(left), self._max_frame, *self._windows.values())
                     for stream in self._windows:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
-from experts.wire.message_stream import MessageStream
+from experts.wire.message_stream import SEND_TIMEOUT_S, MessageStream
 
 _LENGTH = struct.Struct("<I")
 # Bytes of messages without an answer up to which writing cannot block; the kernel keeps more, its own notes included.
@@ -26,6 +26,7 @@ _BUFFERED_BYTES = 128 * 1024
 _NOTES_BYTES = 1024
 _WILDCARDS = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
 _MAX_WAITING = 128
+_CONNECT_TIMEOUT_S = 1.0
 
 
 class LocalStream(MessageStream):
@@ -41,26 +42,30 @@ class LocalStream(MessageStream):
         """A stream to the server at `address` (host:port); None where it is not on this machine, or not ours."""
         for name in _names(address, wildcard=True):
             connected = socket.socket(socket.AF_UNIX)
+            connected.settimeout(_CONNECT_TIMEOUT_S)
             try:
                 connected.connect(name)
                 if _is_ours(connected):
-                    return cls(connected, receive)
+                    connected.settimeout(None)
+                    return cls(_with_room(connected), receive)
             except OSError:
                 pass
             connected.close()
         return None
 
     def send(self, message: bytes) -> None:
-        size = len(message) + _NOTES_BYTES
+        size, framed = len(message) + _NOTES_BYTES, _LENGTH.pack(len(message)) + message
         with self._one_message:
             # A peer that waits for us to take its answer reads nothing.
             if self._unanswered_bytes + size > _BUFFERED_BYTES:
-                self.read_until(lambda: not self._unanswered or self._unanswered_bytes + size <= _BUFFERED_BYTES)
+                self.read_until(
+                    lambda: not self._unanswered or self._unanswered_bytes + size <= _BUFFERED_BYTES, SEND_TIMEOUT_S
+                )
             with self._changed:
                 self._unanswered.append(size)
                 self._unanswered_bytes += size
             try:
-                self._socket.sendall(_LENGTH.pack(len(message)) + message)
+                self._socket.sendall(framed)
             except OSError as error:
                 self.close(f"UNAVAILABLE: {error}")
             if self._error is not None:
@@ -78,10 +83,14 @@ class LocalServer:
     """Serves the streams of this machine's callers to the gRPC server at `address`, a thread each.
 
     serve: a stream's requests to its answers, one each; resumed for the next when the answer is out
+    max_message_bytes: a longer request ends its stream
     """
 
-    def __init__(self, address: str, serve: Callable[[Iterator[bytes]], Iterable[bytes]]) -> None:
+    def __init__(
+        self, address: str, serve: Callable[[Iterator[bytes]], Iterable[bytes]], *, max_message_bytes: int
+    ) -> None:
         self._serve = serve
+        self._max_message_bytes = max_message_bytes
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._listener: socket.socket | None = None
@@ -112,35 +121,45 @@ class LocalServer:
             listener.close()
 
     def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
+        # Once nobody accepts, nobody listens: callers then come over TCP.
+        with listener, suppress(OSError, RuntimeError):  # stopped, or no file or thread is left
+            while True:
                 connected, _ = listener.accept()
-            except OSError:  # stopped, or no file is left: callers come over TCP
-                listener.close()
-                return
-            with self._lock:
-                welcome = self._listener is not None and _is_ours(connected)
-                if welcome:
-                    self._open.add(connected)
-            if welcome:
-                threading.Thread(target=self._answer, args=(connected,), name="local-stream", daemon=True).start()
-            else:
-                connected.close()
+                with self._lock:
+                    welcome = self._listener is not None and _is_ours(connected)
+                    if welcome:
+                        self._open.add(connected)
+                if not welcome:
+                    connected.close()
+                    continue
+                try:
+                    threading.Thread(target=self._answer, args=(connected,), name="local-stream", daemon=True).start()
+                except RuntimeError:
+                    connected.close()
+                    raise
 
     def _answer(self, connected: socket.socket) -> None:
         try:
             with connected, suppress(OSError):
-                for answer in self._serve(_messages(connected)):
+                _with_room(connected)
+                for answer in self._serve(_messages(connected, self._max_message_bytes)):
                     connected.sendall(_LENGTH.pack(len(answer)) + answer)
         finally:
             with self._lock:
                 self._open.discard(connected)
 
 
-def _messages(connected: socket.socket) -> Iterator[bytes]:
+def _with_room(connected: socket.socket) -> socket.socket:
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _BUFFERED_BYTES)
+    return connected
+
+
+def _messages(connected: socket.socket, max_message_bytes: int) -> Iterator[bytes]:
     with connected.makefile("rb") as stream:
         while len(head := stream.read(_LENGTH.size)) == _LENGTH.size:
             (size,) = _LENGTH.unpack(head)
+            if size > max_message_bytes:
+                return
             message = stream.read(size)
             if len(message) < size:
                 return

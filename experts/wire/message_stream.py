@@ -10,6 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 
+SEND_TIMEOUT_S = 60.0
+"""A peer that takes nothing for so long is given up."""
+
 _READ_BYTES = 64 * 1024
 
 
@@ -62,7 +65,7 @@ class MessageStream(ABC):
         while True:
             with self._changed:
                 while self._reading and self._error is None and not done():
-                    if not self._changed.wait(_left(until)):
+                    if not self._changed.wait(_left(until)) and not done():
                         self._end("DEADLINE_EXCEEDED: no reply within the deadline")
                 if done():
                     return
@@ -81,7 +84,8 @@ class MessageStream(ABC):
             self._error = StreamClosed(reason)
             with suppress(OSError):  # the peer was faster
                 self._socket.shutdown(socket.SHUT_RDWR)  # wakes who reads
-            self._socket.close()
+            if not self._reading:  # who reads may be about to wait for a number that another socket then has
+                self._socket.close()
         self._changed.notify_all()
 
     def _read(self, done: Callable[[], bool], until: float | None) -> None:
@@ -90,6 +94,8 @@ class MessageStream(ABC):
             while self._error is None and not done():
                 if self._has_input(_left(until)):
                     self._take()
+                    with self._changed:
+                        self._changed.notify_all()  # it may be what another thread waits for
                 else:
                     self.close("DEADLINE_EXCEEDED: no reply within the deadline")
         except Exception as error:
@@ -98,6 +104,8 @@ class MessageStream(ABC):
         finally:
             with self._changed:
                 self._reading = False
+                if self._error is not None:
+                    self._socket.close()
                 self._changed.notify_all()
 
     def _has_input(self, timeout_s: float | None) -> bool:

@@ -94,3 +94,14 @@ def test_a_part_planned_again_is_the_same_part():
         assert again.group == part.group
         for name in ("expert_ids_S", "offsets_S1", "token_rows_R", "weights_R"):
             np.testing.assert_array_equal(getattr(again, name), getattr(part, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_may_lie_as_they_like(dtype):
+    index = build_slot_index([(0,), (1,)], 2)
+    ids_TK = torch.tensor([[0, 1], [1, 0], [0, 0]])
+    weights_TK = torch.tensor([[0.5, 9.0], [0.25, 9.0], [2.0, 9.0]], dtype=dtype)
+    first, second = plan_dispatch(index, 0, ids_TK[:, :1], weights_TK[:, :1]).parts
+    assert (first.weights_R.tolist(), second.weights_R.tolist()) == ([0.5, 2.0], [0.25])
+    (part,) = plan_dispatch(index, 0, torch.zeros(3, 2, dtype=torch.int32), torch.ones(1, 1).expand(3, 2)).parts
+    assert part.weights_R.tolist() == [1.0] * 6

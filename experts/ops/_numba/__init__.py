@@ -1,1 +1,1 @@
-"""Everything that numba and LLVM compile. No other package imports them."""
+"""Everything of the experts' that numba and LLVM compile."""

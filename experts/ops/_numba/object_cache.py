@@ -12,6 +12,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,12 @@ def compiled(
 
     variant: what `function` closes over, apart from what this package's sources and those beside it say.
     """
-    own = Path(function.__code__.co_filename).parent
-    key = hashlib.sha256(repr((_basis(own), function.__name__, signature, variant, options)).encode()).hexdigest()
+    key = hashlib.sha256(
+        repr((_basis(), _sources_beside(function), function.__name__, signature, variant, options)).encode()
+    ).hexdigest()
     dispatcher = part(variant, **options)(function)
-    dispatcher._cache = _ObjectCache(cache_directory() / "compiled" / f"{function.__name__}-{key}")
+    with suppress(RuntimeError):  # a user without a home: nothing is kept
+        dispatcher._cache = _ObjectCache(cache_directory() / "compiled" / f"{function.__name__}-{key}")
     dispatcher.compile(signature)
     dispatcher.disable_compile()
     result: Callable[..., None] = dispatcher
@@ -60,15 +63,33 @@ def part(variant: tuple[object, ...], **options: Any) -> Callable[[Callable[...,
     return decorate
 
 
-@cache
-def _basis(own: Path) -> tuple[object, ...]:
-    """Whatever makes the same function compile to other code: sources, compiler, processor. own: its directory."""
+def remember_sources(package_file: str) -> None:
+    """A package's sources as they are when it is imported, which is what will be compiled, whatever changes later."""
+    directory = Path(package_file).parent
+    _SOURCES[directory] = _hash_of(directory)
+
+
+def _sources_beside(function: Callable[..., None]) -> str:
+    directory = Path(function.__code__.co_filename).parent
+    return _SOURCES.get(directory) or _hash_of(directory)
+
+
+def _hash_of(directory: Path) -> str:
     sources = hashlib.sha256()
-    for directory in (Path(__file__).parent, own):
-        for path in sorted(directory.glob("*.py")):
-            sources.update(path.read_bytes())
+    for path in sorted(directory.glob("*.py")):
+        sources.update(path.read_bytes())
+    return sources.hexdigest()
+
+
+_SOURCES: dict[Path, str] = {}
+_OWN_SOURCES = _hash_of(Path(__file__).parent)
+
+
+@cache
+def _basis() -> tuple[object, ...]:
+    """What else makes the same function compile to other code: what it is made of here, compiler, processor."""
     versions = sys.version, numba.__version__, llvmlite.__version__
-    return sources.hexdigest(), *versions, *cpu_target.target_context.codegen().magic_tuple()
+    return _OWN_SOURCES, *versions, *cpu_target.target_context.codegen().magic_tuple()
 
 
 class _ObjectCache(_Cache):  # type: ignore[misc]
@@ -83,14 +104,19 @@ class _ObjectCache(_Cache):  # type: ignore[misc]
         """Numba's record of the compiled function, or None."""
         target.refresh()
         try:
-            content = self._path.read_bytes()
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                # Nobody else may have written it: it is unpickled, as numba's own cache does.
+                if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+                    log.warning("%s is not this user's alone, and not used", self._path)
+                    return None
+                content = file.read()
         except OSError:
             return None
         digest, code = content[:32], content[32:]
         try:
             if hashlib.sha256(code).digest() != digest:
                 raise ValueError("its bytes are not those that were written")
-            # As numba's own cache does: the directory is this user's own.
             return CompileResult._rebuild(target, *pickle.loads(code))
         except Exception as error:
             log.warning("%s is damaged, compiling again: %s", self._path, error)
@@ -101,7 +127,8 @@ class _ObjectCache(_Cache):  # type: ignore[misc]
         code = dumps(result._reduce())
         draft = self._path.with_suffix(f".{os.getpid()}")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            draft.touch(0o600)
             draft.write_bytes(hashlib.sha256(code).digest() + code)
             draft.replace(self._path)
         except OSError as error:

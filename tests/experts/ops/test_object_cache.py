@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numba import types
 
-from experts.ops._numba.object_cache import compiled
+from experts.ops._numba.object_cache import compiled, remember_sources
 
 SIGNATURE = types.void(types.int64[::1])
 
@@ -59,7 +59,7 @@ def test_variants_have_names_of_their_own(cache: Path) -> None:
 
 def test_other_sources_or_another_processor_are_another_key(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adder(1)
-    monkeypatch.setattr("experts.ops._numba.object_cache._basis", lambda own: ("another processor",))
+    monkeypatch.setattr("experts.ops._numba.object_cache._basis", lambda: ("another processor",))
     assert adder(1).stats.cache_misses
     assert len(list(cache.iterdir())) == 2
 
@@ -72,6 +72,37 @@ def test_a_damaged_file_is_compiled_again(cache: Path, damage: bytes, caplog: py
     check(adder(1), 1)
     assert f"{path} is damaged" in caplog.text
     assert adder(1).stats.cache_hits
+
+
+def test_what_others_could_have_written_is_not_read(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adder(1)
+    (path,) = cache.iterdir()
+    path.chmod(0o666)
+    assert adder(1).stats.cache_misses
+    assert f"{path} is not this user's alone" in caplog.text
+
+
+def test_sources_that_change_after_the_import_do_not_get_the_old_code(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remember_sources(__file__)
+    adder(1)
+    monkeypatch.setattr("experts.ops._numba.object_cache._hash_of", lambda directory: "changed since")
+    assert adder(1).stats.cache_hits  # what was imported is what it was
+    remember_sources(__file__)  # as the next process does
+    assert adder(1).stats.cache_misses
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_user_without_a_home_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("EXPERTMESH_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    check(adder(1), 1)
 
 
 def test_where_nothing_can_be_written_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

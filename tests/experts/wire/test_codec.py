@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from experts.errors import ExpertNotResident, MeshError, RequestError
 from experts.spec import ExpertCall
 from experts.wire.codec import (
+    MAX_EXPERTS,
     BadCall,
     decode_call,
     decode_partial,
@@ -132,3 +134,15 @@ def test_failures_come_back_as_errors(raised: Exception, expected: type[MeshErro
     assert reply.partial_TH is None
     assert type(reply.error) is expected
     assert str(raised) in str(reply.error)
+
+
+def test_more_experts_than_any_layer_has_are_refused_before_they_are_looked_at() -> None:
+    count = MAX_EXPERTS + 1
+    request = pb.ForwardRequest(
+        call_id=4,
+        expert_ids=np.arange(count, dtype=np.int32).tobytes(),
+        offsets=np.zeros(count + 1, np.int32).tobytes(),
+        hidden=pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[0, 8]),
+    )
+    with pytest.raises(BadCall, match=r"^expert_ids: 65537 experts; no layer has over 65536"):
+        decode_call(request.SerializeToString())

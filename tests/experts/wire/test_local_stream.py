@@ -17,6 +17,7 @@ from experts.wire.local_stream import LocalServer, LocalStream
 from experts.wire.message_stream import StreamClosed
 
 WAIT_S = 30.0
+LIMIT = 1 << 23
 pytestmark = pytest.mark.skipif(local_stream.sys.platform != "linux", reason="abstract sockets are Linux's")
 
 
@@ -46,7 +47,7 @@ def start() -> Iterator[Start]:
     servers: list[LocalServer] = []
 
     def begin(address: str, serve: Callable[[Iterator[bytes]], Iterable[bytes]] = echo) -> LocalServer:
-        servers.append(LocalServer(address, serve))
+        servers.append(LocalServer(address, serve, max_message_bytes=LIMIT))
         servers[-1].start()
         return servers[-1]
 
@@ -145,6 +146,65 @@ def test_who_waits_hears_that_the_server_stopped(start: Start, address: str) -> 
     assert not caller.stream.is_open
     with pytest.raises(StreamClosed):
         caller.stream.send(b"still there?")
+    assert LocalStream.to(address, print) is None
+
+
+def test_a_waiting_thread_is_told_of_every_answer(start: Start, address: str) -> None:
+    """Two wait; the one that does not read has its answer while the other still waits."""
+    last = threading.Event()
+
+    def answer(requests: Iterator[bytes]) -> Iterator[bytes]:
+        for request in requests:
+            if request == b"last":
+                assert last.wait(WAIT_S)
+            yield request
+
+    start(address, answer)
+    caller = Caller(address)
+    reading = threading.Event()
+
+    def until_last() -> bool:
+        reading.set()
+        return b"last" in caller.answers
+
+    with ThreadPoolExecutor(1) as pool:
+        caller.stream.send(b"first")
+        caller.stream.send(b"last")
+        reader = pool.submit(caller.stream.read_until, until_last, WAIT_S)
+        assert reading.wait(WAIT_S)
+        caller.stream.read_until(lambda: b"first" in caller.answers, WAIT_S)
+        assert not reader.done()
+        last.set()
+        reader.result(WAIT_S)
+
+
+def test_too_long_a_request_ends_its_stream(start: Start, address: str) -> None:
+    start(address)
+    caller = Caller(address)
+    with pytest.raises(StreamClosed, match="UNAVAILABLE"):
+        caller.stream.send(bytes(LIMIT + 1))
+        caller.wait(1)
+
+
+def test_a_server_that_cannot_serve_does_not_listen(
+    start: Start, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Callers then come over TCP, where gRPC says what is wrong."""
+    start(address)
+    begin = threading.Thread.start
+
+    def no_more(thread: threading.Thread) -> None:
+        if thread.name == "local-stream":
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+    caller = Caller(address)
+    with pytest.raises(StreamClosed, match="UNAVAILABLE"):
+        caller.wait(1)
+    for thread in threading.enumerate():
+        if thread.name == "local-streams":
+            thread.join(WAIT_S)
     assert LocalStream.to(address, print) is None
 
 
