@@ -18,6 +18,10 @@ from cluster.serving.skeleton import ModelSkeleton
 from cluster.serving.turns import Turns
 
 
+# Fewer are done with before torch's other threads are awake.
+_SHARED_TOKENS = 128
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OverlapThresholds:
     """Fewest tokens of a step that is computed as two micro-batches.
@@ -45,6 +49,7 @@ class ModelRunner:
     def __init__(self, skeleton: ModelSkeleton, overlap: OverlapThresholds | None) -> None:
         self._skeleton = skeleton
         self._overlap = overlap
+        self._num_threads = torch.get_num_threads()
 
     def run(self, step: Step) -> StepOutput:
         """Write the step's keys and values, compute its logits; slots' lengths stay as they are.
@@ -80,5 +85,6 @@ class ModelRunner:
     @torch.inference_mode()  # a thread's own, so the engine's does not reach the second micro-batch
     def _forward(self, step: Step) -> tuple[MicroBatch, torch.Tensor]:
         batch = build_micro_batch(step, self._skeleton.device)
+        torch.set_num_threads(self._num_threads if len(batch.token_ids_T) >= _SHARED_TOKENS else 1)  # a thread's own
         logits = self._skeleton.forward(batch.token_ids_T, batch.positions_T, batch.attention, batch.logits_rows)
         return batch, logits
