@@ -17,7 +17,6 @@ from cluster.serving.sequence import RunningSequence
 from cluster.serving.skeleton import ModelSkeleton
 from cluster.serving.turns import Turns
 
-
 # Fewer are done with before torch's other threads are awake.
 _SHARED_TOKENS = 128
 
