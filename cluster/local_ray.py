@@ -6,6 +6,7 @@ import atexit
 import importlib.util
 import logging
 import os
+import random
 import shutil
 import socket
 import tempfile
@@ -16,6 +17,9 @@ import ray
 
 from cluster.serving.api_errors import ApiError
 from experts.errors import MeshError
+
+_FIRST_PORT = 10_000
+_PORTS_TRIED = 100
 
 
 def start_local_ray() -> None:
@@ -86,9 +90,25 @@ def own_haproxy(directory: str) -> dict[str, str]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on now."""
+    """Ports that nothing listens on now, and that no process gets which asks for any: they are used seconds later."""
+    ports: list[int] = []
     with ExitStack() as probes:
-        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in sockets]
+        for port in random.sample(range(_FIRST_PORT, _first_given_port()), _PORTS_TRIED):
+            probe = probes.enter_context(socket.socket())
+            try:
+                probe.bind(("0.0.0.0", port))
+            except OSError:
+                continue
+            ports.append(port)
+            if len(ports) == count:
+                break
+    return ports
+
+
+def _first_given_port() -> int:
+    """The lowest port of those that the kernel gives to whoever asks for any."""
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    except (OSError, ValueError):
+        first = 32768
+    return max(first, _FIRST_PORT + _PORTS_TRIED)
