@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,19 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 
+class DecodeRows(NamedTuple):
+    """Rows of a step whose sequences are in one arena, whose cache is `keys` and `values`."""
+
+    hidden_TH: Floats
+    cos_TD: Floats
+    sin_TD: Floats
+    keys: Floats
+    values: Floats
+    slots_T: Ints
+    positions_T: Ints
+    out_TP: Floats
+
+
 class DecodeAttention(nn.Module, ABC):
     """In place of a family's attention module, which it keeps for prompts.
 
@@ -41,18 +54,8 @@ class DecodeAttention(nn.Module, ABC):
         self._team = team
 
     @abstractmethod
-    def _compute(
-        self,
-        hidden_TH: Floats,
-        cos_TD: Floats,
-        sin_TD: Floats,
-        keys: Floats,
-        values: Floats,
-        slots_T: Ints,
-        positions_T: Ints,
-        out_TP: Floats,
-    ) -> None:
-        """Rows of one arena (`keys`, `values`): write what the cache gets, and the output."""
+    def _compute(self, rows: DecodeRows) -> None:
+        """Write what the cache gets, and the output."""
 
     def _angles(self, position_embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [1, T, D] of what the model's rotary embedding returned."""
@@ -82,8 +85,10 @@ class DecodeAttention(nn.Module, ABC):
             group, first, last = pieces[index]
             rows = slice(group.start + first, group.start + last)
             self._compute(
-                *(hidden_TH[rows], cos_TD[rows], sin_TD[rows], group.arena.key.numpy(), group.arena.value.numpy()),
-                *(group.slots_B.numpy()[first:last], group.positions_B.numpy()[first:last], out[rows]),
+                DecodeRows(
+                    *(hidden_TH[rows], cos_TD[rows], sin_TD[rows], group.arena.key.numpy(), group.arena.value.numpy()),
+                    *(group.slots_B.numpy()[first:last], group.positions_B.numpy()[first:last], out[rows]),
+                )
             )
 
         self._team.run(run, len(pieces))

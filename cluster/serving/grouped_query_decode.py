@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.serving.decode_attention import DecodeAttention, Floats, Ints
+from cluster.serving.decode_attention import DecodeAttention, DecodeRows, Floats
 from cluster.serving.packed_linear import PackedLinear, can_join, join_layers
 from experts.ops.cpu_threads import ThreadTeam
 
@@ -58,19 +58,10 @@ class GroupedQueryDecode(DecodeAttention):
             and can_join(attention.q_proj, attention.k_proj, attention.v_proj)
         )
 
-    def _compute(
-        self,
-        hidden_TH: Floats,
-        cos_TD: Floats,
-        sin_TD: Floats,
-        keys: Floats,
-        values: Floats,
-        slots_T: Ints,
-        positions_T: Ints,
-        out_TP: Floats,
-    ) -> None:
-        work = [np.empty((len(hidden_TH), size), np.float32) for size in self._work]
+    def _compute(self, rows: DecodeRows) -> None:
+        work = [np.empty((len(rows.hidden_TH), size), np.float32) for size in self._work]
         self._compiled(
-            *(hidden_TH, *self._addresses, self._panels, *self._norms, cos_TD, sin_TD, keys, values, self._layer),
-            *(slots_T, positions_T, self._window, self._scale, *work, out_TP),
+            *(rows.hidden_TH, *self._addresses, self._panels, *self._norms),
+            *(rows.cos_TD, rows.sin_TD, rows.keys, rows.values, self._layer),
+            *(rows.slots_T, rows.positions_T, self._window, self._scale, *work, rows.out_TP),
         )

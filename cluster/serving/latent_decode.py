@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.serving.decode_attention import DecodeAttention, Floats, Ints
+from cluster.serving.decode_attention import DecodeAttention, DecodeRows
 from cluster.serving.packed_linear import PackedLinear, can_join, join_layers
 from experts.ops.cpu_threads import ThreadTeam
 from experts.ops.packed_matmul import pack_exactly
@@ -83,23 +83,14 @@ class LatentDecode(DecodeAttention):
             return position_embeddings.real, position_embeddings.imag
         return super()._angles(position_embeddings)
 
-    def _compute(
-        self,
-        hidden_TH: Floats,
-        cos_TD: Floats,
-        sin_TD: Floats,
-        keys: Floats,
-        values: Floats,
-        slots_T: Ints,
-        positions_T: Ints,
-        out_TP: Floats,
-    ) -> None:
-        num_rows = len(hidden_TH)
+    def _compute(self, rows: DecodeRows) -> None:
+        num_rows = len(rows.hidden_TH)
         projected, queries = (np.empty((num_rows, each.num_columns), np.float32) for each in self._held[:2])
         if not self._compressed:
             queries = projected
         work = [np.empty((num_rows, *shape), np.float32) for shape in self._work]
         self._compiled(
-            *(hidden_TH, self._addresses, self._panels, *self._norms, self._epsilons, cos_TD, sin_TD, keys),
-            *(self._layer, slots_T, positions_T, self._scale, projected, queries, *work, out_TP),
+            *(rows.hidden_TH, self._addresses, self._panels, *self._norms, self._epsilons),
+            *(rows.cos_TD, rows.sin_TD, rows.keys),
+            *(self._layer, rows.slots_T, rows.positions_T, self._scale, projected, queries, *work, rows.out_TP),
         )
