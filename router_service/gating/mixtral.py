@@ -1,14 +1,14 @@
 """Mixtral 8x7B and 8x22B: softmax over the chosen K logits.
 
 Source: Jiang et al. 2024, "Mixtral of Experts" (arXiv 2401.04088), section 2.1: softmax(TopK(x W_g)). Renormalising the
-top K of a softmax over all experts is the same function, and is how transformers' MixtralTopKRouter computes it.
+top K of a softmax over all experts, as transformers' MixtralTopKRouter does, is the same function in more operations.
 """
 
 from __future__ import annotations
 
 import torch
 
-from router_service.gating.choice import choose, normalised
+from router_service.gating.choice import choose
 from router_service.gating.gate import ChoiceLimit, GateOutput, GateSpec
 from router_service.gating.logits import GateLogits
 
@@ -21,6 +21,6 @@ class MixtralGate:
         self._logits = GateLogits(weight_EH)
 
     def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
-        scores_TE = self._logits(hidden_TH).softmax(dim=-1)
-        chosen = choose(scores_TE, scores_TE, self._top_k, limit)
-        return chosen._replace(weights_TK=normalised(chosen.weights_TK))
+        logits_TE = self._logits(hidden_TH)
+        chosen = choose(logits_TE, logits_TE, self._top_k, limit)
+        return chosen._replace(weights_TK=chosen.weights_TK.softmax(dim=-1))
