@@ -94,6 +94,7 @@ class LocalServer:
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._listener: socket.socket | None = None
+        self._accepting: threading.Thread | None = None
         for name in _names(address, wildcard=False):
             listener = socket.socket(socket.AF_UNIX)
             try:
@@ -107,7 +108,10 @@ class LocalServer:
     def start(self) -> None:
         """Begin to answer."""
         if self._listener is not None:
-            threading.Thread(target=self._accept, args=(self._listener,), name="local-streams", daemon=True).start()
+            self._accepting = threading.Thread(
+                target=self._accept, args=(self._listener,), name="local-streams", daemon=True
+            )
+            self._accepting.start()
 
     def stop(self) -> None:
         """Close every stream."""
@@ -119,6 +123,8 @@ class LocalServer:
                 connection.shutdown(socket.SHUT_RDWR)
         if listener is not None:
             listener.close()
+        if self._accepting is not None:
+            self._accepting.join()  # the name is taken for as long as it waits
 
     def _accept(self, listener: socket.socket) -> None:
         # Once nobody accepts, nobody listens: callers then come over TCP.

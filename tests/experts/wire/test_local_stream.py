@@ -192,7 +192,7 @@ def test_a_server_that_cannot_serve_does_not_listen(
     start: Start, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Callers then come over TCP, where gRPC says what is wrong."""
-    start(address)
+    server = start(address)
     begin = threading.Thread.start
 
     def no_more(thread: threading.Thread) -> None:
@@ -204,9 +204,8 @@ def test_a_server_that_cannot_serve_does_not_listen(
     caller = Caller(address)
     with pytest.raises(StreamClosed, match="UNAVAILABLE"):
         caller.wait(1)
-    for thread in threading.enumerate():
-        if thread.name == "local-streams":
-            thread.join(WAIT_S)
+    assert server._accepting is not None
+    server._accepting.join(WAIT_S)
     assert LocalStream.to(address, print) is None
 
 
