@@ -141,6 +141,7 @@ class LocalServer:
                 try:
                     threading.Thread(target=self._answer, args=(connected,), name="local-stream", daemon=True).start()
                 except RuntimeError:
+                    self._open.discard(connected)
                     connected.close()
                     raise
 

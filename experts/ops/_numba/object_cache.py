@@ -81,15 +81,15 @@ def _hash_of(directory: Path) -> str:
     return sources.hexdigest()
 
 
-_SOURCES: dict[Path, str] = {}
-_OWN_SOURCES = _hash_of(Path(__file__).parent)
+_HERE = Path(__file__).parent
+_SOURCES = {_HERE: _hash_of(_HERE)}
 
 
 @cache
 def _basis() -> tuple[object, ...]:
     """What else makes the same function compile to other code: what it is made of here, compiler, processor."""
     versions = sys.version, numba.__version__, llvmlite.__version__
-    return _OWN_SOURCES, *versions, *cpu_target.target_context.codegen().magic_tuple()
+    return _SOURCES[_HERE], *versions, *cpu_target.target_context.codegen().magic_tuple()
 
 
 class _ObjectCache(_Cache):  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from experts.errors import RequestError
 from experts.spec import ExpertCall
+from experts.wire import frame
 from experts.wire.codec import decode_call, decode_partial, encode_call
 from experts.wire.frame import decode_tensor, encode_frame, split_frame
 from experts.wire.v1 import expert_pb2 as pb
@@ -28,10 +30,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def test_a_frame_is_what_protobuf_would_write(shape: list[int], dtype: torch.dtype, call_id: int, message: str) -> None:
     tensor = torch.randn(*shape).to(dtype)
     head = pb.ForwardReply(call_id=call_id, failure=pb.Failure(message=message))
-    frame = encode_frame(head, tensor)
-    parsed = pb.ForwardReply.FromString(frame)
+    written = encode_frame(head, tensor)
+    parsed = pb.ForwardReply.FromString(written)
     assert (parsed.call_id, parsed.failure.message, list(parsed.partial.shape)) == (call_id, message, shape)
-    for data in (frame, parsed.SerializeToString()):
+    for data in (written, parsed.SerializeToString()):
         head_bytes, body = split_frame(data)
         assert pb.ForwardReply.FromString(head_bytes) == head
         got = decode_tensor(body, "partial")
@@ -71,21 +73,32 @@ VALID = encode_call(
 )
 
 
-@given(st.binary(max_size=60))
-def test_arbitrary_bytes(data: bytes) -> None:
-    for decode in (decode_call, decode_partial):
-        with contextlib.suppress(RequestError):
-            decode(data)
+# Messages that protobuf reads as a whole, and those whose tensor is found by stepping over fields.
+BOTH_WAYS = pytest.mark.parametrize("plain_bytes", [frame._PLAIN_BYTES, -1])
 
 
-@given(st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=3), st.booleans())
+@BOTH_WAYS
+@given(data=st.binary(max_size=60))
+def test_arbitrary_bytes(plain_bytes: int, data: bytes) -> None:
+    with mock.patch.object(frame, "_PLAIN_BYTES", plain_bytes):
+        for decode in (decode_call, decode_partial):
+            with contextlib.suppress(RequestError):
+                decode(data)
+
+
+@BOTH_WAYS
+@given(
+    damage=st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=3),
+    cut=st.booleans(),
+)
 @settings(max_examples=400)
-def test_damaged_calls_are_refused_or_consistent(damage: list[tuple[int, int]], cut: bool) -> None:
+def test_damaged_calls_are_refused_or_consistent(plain_bytes: int, damage: list[tuple[int, int]], cut: bool) -> None:
     data = bytearray(VALID)
     for position, value in damage:
         data[position] = value
     try:
-        call = decode_call(bytes(data[: damage[0][0]] if cut else data)).call
+        with mock.patch.object(frame, "_PLAIN_BYTES", plain_bytes):
+            call = decode_call(bytes(data[: damage[0][0]] if cut else data)).call
     except RequestError:
         return
     rows = call.token_rows_R

@@ -57,10 +57,14 @@ def start() -> Iterator[Start]:
         server.stop()
 
 
+# Another run of the suite on this machine has another number.
+PORT = os.getpid() % 60000 + 1024
+
+
 @pytest.fixture
 def address() -> str:
-    """Of this test alone: nobody listens there with TCP."""
-    return f"127.0.0.1:{os.getpid() % 60000 + 1024}"
+    """Nobody listens there with TCP."""
+    return f"127.0.0.1:{PORT}"
 
 
 @pytest.mark.parametrize("size", [0, 1, 5000, 3_000_000])
@@ -98,25 +102,27 @@ def test_callers_have_streams_of_their_own(start: Start, address: str) -> None:
 
 
 def test_only_the_server_at_the_address_is_found(start: Start) -> None:
-    start("127.0.0.2:40001")
-    assert LocalStream.to("127.0.0.3:40001", print) is None
-    assert LocalStream.to("127.0.0.2:40002", print) is None
-    assert LocalStream.to("nobody.invalid:40001", print) is None
-    Caller("127.0.0.2:40001").stream.close("done")
-    start("0.0.0.0:40003")
-    Caller("127.0.0.2:40003").stream.close("done")
+    start(f"127.0.0.2:{PORT}")
+    assert LocalStream.to(f"127.0.0.3:{PORT}", print) is None
+    assert LocalStream.to(f"127.0.0.2:{PORT + 1}", print) is None
+    assert LocalStream.to(f"nobody.invalid:{PORT}", print) is None
+    Caller(f"127.0.0.2:{PORT}").stream.close("done")
+    start(f"0.0.0.0:{PORT + 2}")
+    Caller(f"127.0.0.2:{PORT + 2}").stream.close("done")
 
 
 def test_another_users_processes_are_strangers(start: Start, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     start(address)
-    real = os.geteuid()
-    answers = iter([real + 1])
-    monkeypatch.setattr(local_stream.os, "geteuid", lambda: next(answers, real))
+    real, refused = os.geteuid(), threading.Event()
+
+    def is_server() -> bool:
+        return threading.current_thread().name == "local-streams"
+
+    monkeypatch.setattr(local_stream.os, "geteuid", lambda: real if is_server() else real + 1)
     assert LocalStream.to(address, print) is None
-    refused = threading.Event()
 
     def user() -> int:
-        if threading.current_thread().name == "local-streams":
+        if is_server():
             refused.set()
             return real + 1
         return real
