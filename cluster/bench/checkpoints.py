@@ -94,23 +94,26 @@ def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def preset_checkpoint(name: str, cache: Path | None = None) -> Path:
-    """Directory of preset `name` in float32, written on first use.
+    """Directory of preset `name`, written on first use.
 
-    The weights have the scale of trained ones (0.05 rather than transformers' 0.02): gates then choose
-    experts about as unevenly as real ones do.
+    The weights are bfloat16 numbers, as those of nearly every published checkpoint, and have the scale of trained ones
+    (0.05 rather than transformers' 0.02): gates then choose experts about as unevenly as real ones do.
 
     Raises ConfigError for a preset that does not exist.
     """
     if name not in PRESETS:
         raise ConfigError(f"checkpoint {name!r} is neither a directory nor a preset; presets: {', '.join(PRESETS)}")
     root = cache or Path(tempfile.gettempdir()) / f"expertmesh-bench-{os.getuid()}"
-    directory = root / name
+    directory = root / f"{name}-bfloat16"
     if (directory / "config.json").exists():
         return directory
     config = PRESETS[name]()
     config.initializer_range = 0.05
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    model.config.dtype = torch.bfloat16  # buffers, DeepSeek's bias for one, stay float32, as published
     root.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=root))
     try:

@@ -191,7 +191,8 @@ def _measure(
         else:
             if bench.vllm_python is None:
                 raise MeshError(f"not installed: name its interpreter with --vllm-python or {VLLM_PYTHON_VARIABLE}")
-            peer = vllm_server(bench.vllm_python, directory, dtype=bench.dtype)
+            dtype = server.partition("-")[2] or bench.dtype
+            peer = vllm_server(server, bench.vllm_python, directory, dtype=dtype)
             url = stack.enter_context(peer.running(workdir))
         # The measured wave of a concurrency overwrites its warm-up.
         return {

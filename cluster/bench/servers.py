@@ -22,7 +22,7 @@ from experts.errors import ConfigError, MeshError
 
 READY_TIMEOUT_S = 600.0
 OURS = re.compile(r"expertmesh-(?P<transport>in_process|grpc|ray)(-(?P<quantization>fp8|int8|int4|fp16))?")
-PEERS = ("vllm", "transformers-generate", "transformers-continuous")
+PEERS = ("vllm", "vllm-bfloat16", "transformers-generate", "transformers-continuous")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -83,7 +83,7 @@ def expertmesh_server(name: str, checkpoint: Path, *, dtype: str, groups: int, w
     return HttpServer(name=name, argv=argv, env={**os.environ, **OFFLINE}, port=port)
 
 
-def vllm_server(python: Path, checkpoint: Path, *, dtype: str) -> HttpServer:
+def vllm_server(name: str, python: Path, checkpoint: Path, *, dtype: str) -> HttpServer:
     """vLLM's OpenAI server for CPU, run by the interpreter of the environment that it is installed in."""
     port = free_port()
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OMP_NUM_THREADS")}
@@ -102,7 +102,7 @@ def vllm_server(python: Path, checkpoint: Path, *, dtype: str) -> HttpServer:
         "--model", str(checkpoint), "--host", "127.0.0.1", "--port", str(port),
         "--dtype", dtype, "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "64",
     )  # fmt: skip
-    return HttpServer(name="vllm", argv=argv, env=env, port=port)
+    return HttpServer(name=name, argv=argv, env=env, port=port)
 
 
 def free_port() -> int:

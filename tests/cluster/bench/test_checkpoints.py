@@ -46,8 +46,8 @@ def test_a_preset_is_written_once_and_loads(tmp_path: Path, monkeypatch: pytest.
     written = (directory / "model.safetensors").stat().st_mtime_ns
     assert preset_checkpoint("tiny", tmp_path) == directory
     assert (directory / "model.safetensors").stat().st_mtime_ns == written
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
-    assert AutoModelForCausalLM.from_pretrained(directory).dtype == torch.float32
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-bfloat16"]
+    assert AutoModelForCausalLM.from_pretrained(directory).dtype == torch.bfloat16
     assert (
         len(AutoTokenizer.from_pretrained(directory))
         == json.loads((directory / "config.json").read_text())["vocab_size"]

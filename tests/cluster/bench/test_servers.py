@@ -30,7 +30,7 @@ def test_the_generated_configuration_is_valid(tmp_path: Path) -> None:
 
 def test_vllm_sees_none_of_our_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/ours")
-    server = vllm_server(Path("/venv/bin/python"), Path("/model"), dtype="float32")
+    server = vllm_server("vllm", Path("/venv/bin/python"), Path("/model"), dtype="float32")
     assert server.argv[0] == "/venv/bin/python"
     assert "PYTHONPATH" not in server.env
     assert server.env["HF_HUB_OFFLINE"] == "1"
