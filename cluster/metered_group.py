@@ -7,6 +7,7 @@ import torch
 from cluster.autoscale.meter import GroupMeter
 from experts.group import ExpertGroup
 from experts.ops.backend import ExpertBackend
+from experts.small_calls import SmallAnswer
 from experts.spec import ExpertCall, ExpertSpec
 
 
@@ -25,3 +26,14 @@ class MeteredGroup(ExpertGroup):
             return partial_TH
         finally:
             self._meter.answer(accepted, rows)
+
+    def answer(self, request: bytes) -> SmallAnswer | None:
+        accepted, answer = self._meter.accept(), None
+        try:
+            answer = super().answer(request)
+            return answer
+        finally:
+            if answer is None:
+                self._meter.withdraw()
+            else:
+                self._meter.answer(accepted, answer.num_rows)

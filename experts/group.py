@@ -11,6 +11,7 @@ import torch
 from experts.batcher import Batcher
 from experts.ops.backend import ExpertBackend
 from experts.shard import ExpertShard
+from experts.small_calls import SmallAnswer
 from experts.spec import ExpertCall, ExpertKey, ExpertSpec
 from experts.weights.checkpoint import Checkpoint
 from experts.weights.layout import ExpertLayout
@@ -63,6 +64,10 @@ class ExpertGroup:
     def forward(self, call: ExpertCall) -> torch.Tensor:
         """`partial_TH`, float32, on `call.hidden_TH`'s device. Raises ExpertNotResident or RequestError."""
         return self._batcher.run(call)
+
+    def answer(self, request: bytes) -> SmallAnswer | None:
+        """The answer to a small ForwardRequest; None for any that has to be read as `experts.wire.codec` does."""
+        return self._shard.answer(request)
 
     def describe(self) -> GroupDescription:
         """What the group holds now."""

@@ -99,6 +99,9 @@ class ExpertServer:
     def _answer(self, request: bytes, segments: MappedSegments) -> bytes:
         call_id = 0
         try:
+            small = self._group.answer(request)
+            if small is not None:
+                return small.reply
             wire = decode_call(request, segments)
             call_id = wire.call_id
             return encode_partial(call_id, self._run(wire.call), wire.reply_dtype, wire.reply_place)

@@ -10,6 +10,8 @@ import torch
 
 from experts.errors import ExpertNotResident, RequestError
 from experts.ops.backend import ExpertBackend
+from experts.ops.cpu_backend import CpuBackend
+from experts.small_calls import SmallAnswer, SmallCalls
 from experts.spec import ExpertCall, ExpertKey, ExpertSpec, ExpertWeights
 
 
@@ -25,6 +27,7 @@ class ExpertShard:
         self._checksums: dict[ExpertKey, int] = {}
         self._free_slots: list[int] = []
         self._num_slots = 0
+        self._small = SmallCalls(backend) if isinstance(backend, CpuBackend) else None
 
     @property
     def checksums(self) -> Mapping[ExpertKey, int]:
@@ -40,14 +43,28 @@ class ExpertShard:
             self._backend.load(slot, weights)
             self._checksums[key] = checksum
             self._slots.setdefault(key.layer, {})[key.expert] = slot
+            if self._small is not None:
+                with self._running:
+                    self._small.hold(key, slot)
 
     def free(self, key: ExpertKey) -> None:
         """Forget an expert, after the call that may be using it."""
         with self._changing, self._running:
             del self._checksums[key]
             slot = self._slots[key.layer].pop(key.expert)
+            if self._small is not None:
+                self._small.forget(key)
             self._backend.free(slot)
             heapq.heappush(self._free_slots, slot)
+
+    def answer(self, request: bytes) -> SmallAnswer | None:
+        """The answer to a serialised ForwardRequest where that can be had at once; else None: `forward` knows why."""
+        if self._small is None or not self._running.acquire(blocking=False):
+            return None
+        try:
+            return self._small.answer(request)
+        finally:
+            self._running.release()
 
     def forward(self, call: ExpertCall) -> torch.Tensor:
         """`partial_TH` of a call: float32, on the device of `call.hidden_TH`.

@@ -39,6 +39,11 @@ class GroupMeter:
             self._answered.append((now, rows, now - accepted))
             self._forget(now)
 
+    def withdraw(self) -> None:
+        """What was accepted last comes again, in another form."""
+        with self._lock:
+            self._open -= 1
+
     def idle_s(self) -> float:
         """Seconds since the last answer, or since the beginning; 0 while a call is open."""
         with self._lock:

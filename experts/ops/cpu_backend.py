@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from experts.quant.scheme import QuantisedWeight
 from experts.spec import ExpertSpec, ExpertWeights
 
 # Rows (and reads) of a task: beyond, what lies between the matrices leaves the cache.
-_MOST_ROWS = 160
+MOST_ROWS = 160
 # Rows of one expert below which its task is not split.
 _LEAST_ROWS = 64
 # Work that reads so many bytes is done before another thread is awake.
@@ -29,7 +30,7 @@ Formats = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
+class Slot:
     """An expert's matrices, and what compiled code wants to know of them: formats, and addresses of up's and down's."""
 
     up: PackedMatrix
@@ -65,16 +66,16 @@ class CpuBackend:
             )
         if quantization == "fp16" and not has_fp16():
             raise ConfigError("model.quantization: fp16 on this CPU needs AVX2; use none or int8")
-        self._spec = spec
+        self.spec = spec
         self._limit = float("inf") if spec.limit is None else spec.limit
         self._pack = FORMATS[quantization]
         self._team = ThreadTeam(num_threads)
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, Slot] = {}
         self._compiled: dict[Formats, Callable[..., None]] = {}
 
     def load(self, slot: int, weights: ExpertWeights) -> None:
         """Pack one expert; float8 weights with block scales are widened first."""
-        spec = self._spec
+        spec = self.spec
         up = _widen(weights.up_2IH, weights.up_scale)
         down = _widen(weights.down_HI, weights.down_scale)
         # Compiled code reads as many bytes as the spec says.
@@ -92,7 +93,7 @@ class CpuBackend:
                 spec.activation, gated=spec.gated, biased=spec.bias, up_format=formats[0], down_format=formats[1]
             )
         addresses = (*packed_up.addresses(), *packed_down.addresses())
-        self._slots[slot] = _Slot(packed_up, packed_down, formats, addresses)
+        self._slots[slot] = Slot(packed_up, packed_down, formats, addresses)
 
     def free(self, slot: int) -> None:
         """Forget `slot`."""
@@ -102,6 +103,14 @@ class CpuBackend:
         """Calls from now on use so many cores; one that runs goes on with those that it has."""
         if num_threads != self._team.num_threads:
             self._team = ThreadTeam(num_threads)
+
+    def slot(self, slot: int) -> Slot:
+        """What is in `slot`."""
+        return self._slots[slot]
+
+    def most_work_alone(self, slot: int) -> int:
+        """Rows, and ROWS_A_READ for each expert, up to which another thread would be awake too late."""
+        return sys.maxsize if self._team.num_threads == 1 else _ALONE_BYTES * ROWS_A_READ // self.nbytes(slot)
 
     def nbytes(self, slot: int) -> int:
         """Bytes that a slot's matrices take, and that a call of one row reads."""
@@ -118,9 +127,9 @@ class CpuBackend:
     ) -> torch.Tensor:
         """See ExpertBackend.forward."""
         if not len(token_rows_R):
-            return torch.zeros(len(hidden_TH), self._spec.hidden_size)
+            return torch.zeros(len(hidden_TH), self.spec.hidden_size)
         tasks = self._tasks(slots_S.tolist(), offsets_S1.tolist())
-        spec, some = self._spec, self._slots[tasks[0].slots[0]]
+        spec, some = self.spec, self._slots[tasks[0].slots[0]]
         tokens, token_rows = hidden_TH.float().contiguous().numpy(), token_rows_R.numpy()
         out_RP = np.empty((len(token_rows), some.down.num_columns), np.float32)
 
@@ -150,7 +159,7 @@ class CpuBackend:
         """Work in pieces of like size: two for each thread, or more where there is much; one where there is little."""
         total = ROWS_A_READ * len(slots) + offsets[-1]
         alone = self._team.num_threads == 1 or total / ROWS_A_READ * self.nbytes(slots[0]) < _ALONE_BYTES
-        enough = _MOST_ROWS if alone else min(_MOST_ROWS, total / (2 * self._team.num_threads))
+        enough = MOST_ROWS if alone else min(MOST_ROWS, total / (2 * self._team.num_threads))
         if total <= enough and len(self._compiled) == 1:
             return [_Task(self._slots[slots[0]].formats, slots, offsets)]
         most = max(_LEAST_ROWS, int(enough))

@@ -1,0 +1,5 @@
+"""Messages, read and written by compiled code."""
+
+from experts.ops._numba.object_cache import remember_sources
+
+remember_sources(__file__)
