@@ -44,6 +44,8 @@ def start_local_ray() -> None:
     # Weights on huge pages, in every process that Ray starts: streaming them over small pages pushes the code's own
     # address translations out, a tenth of a decode step on a CPU.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    # OpenMP's threads would keep their cores busy for milliseconds after a prompt's attention, when experts want them.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray has no class of its own for this

@@ -29,6 +29,9 @@ ECHO = "/expertmesh.bench.Echo/Stream"
 class IdleGroup:
     """Answers with what it was sent: the cost of a call without the experts'."""
 
+    def answer(self, request: bytes) -> None:
+        """Every call is for `forward`."""
+
     def forward(self, call: ExpertCall) -> torch.Tensor:
         return call.hidden_TH.float()
 

@@ -37,6 +37,9 @@ class PacedGroup:
         self._latency_s = latency_ms / 1e3
         self._s_per_row = us_per_row / 1e6
 
+    def answer(self, request: bytes) -> None:
+        """Every call is for `forward`."""
+
     def forward(self, call: ExpertCall) -> torch.Tensor:
         """See ExpertGroup.forward."""
         time.sleep(self._latency_s + self._s_per_row * len(call.token_rows_R))

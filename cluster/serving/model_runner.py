@@ -84,6 +84,8 @@ class ModelRunner:
     @torch.inference_mode()  # a thread's own, so the engine's does not reach the second micro-batch
     def _forward(self, step: Step) -> tuple[MicroBatch, torch.Tensor]:
         batch = build_micro_batch(step, self._skeleton.device)
-        torch.set_num_threads(self._num_threads if len(batch.token_ids_T) >= _SHARED_TOKENS else 1)  # a thread's own
+        num_threads = self._num_threads if len(batch.token_ids_T) >= _SHARED_TOKENS else 1
+        torch.set_num_threads(num_threads)  # a thread's own
+        self._skeleton.connection.num_threads = num_threads
         logits = self._skeleton.forward(batch.token_ids_T, batch.positions_T, batch.attention, batch.logits_rows)
         return batch, logits

@@ -50,11 +50,14 @@ class RouterConnection:
     """The router that all blocks of a model share, and the seconds that they spent on it.
 
     meanwhile: called while experts are out and nothing is left to do for these tokens
+    num_threads: torch's in this step; one while experts are out, which may be on the cores of the others, and OpenMP
+               waits for all of its threads
     send_s:    gate, plan and handing over;  wait_s: from there to the answer, shared expert and `meanwhile` not counted
     """
 
     router: ExpertRouter | None = None
     meanwhile: Callable[[], None] = _nothing
+    num_threads: int = 1
     send_s: float = 0.0
     wait_s: float = 0.0
 
@@ -64,6 +67,8 @@ class RouterConnection:
         """`choice`: expert ids and weights where the caller's own gate chose."""
         assert self.router is not None, "ModelSkeleton.connect() comes before the first step"
         started = time.perf_counter()
+        if self.num_threads > 1:
+            torch.set_num_threads(1)
         if choice is None:
             pending = self.router.route(layer, hidden_TH)
         else:
@@ -79,6 +84,8 @@ class RouterConnection:
             raise
         started = time.perf_counter()
         combined_TH = pending.result()
+        if self.num_threads > 1:
+            torch.set_num_threads(self.num_threads)
         self.wait_s += time.perf_counter() - started
         return combined_TH
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from experts.errors import CheckpointError
+from router_service.gating.compiled_gate import CompiledGate, GateFormula
 from router_service.gating.deepseek_v2 import DeepseekV2Gate
 from router_service.gating.deepseek_v3 import DeepseekV3Gate
 from router_service.gating.deepseek_v4 import DeepseekV4Gate
@@ -54,9 +55,15 @@ def build_gate(spec: GateSpec, weight_EH: torch.Tensor, bias_E: torch.Tensor | N
             "belongs to this checkpoint"
         )
     if spec.system not in _BIASED_GATES:
-        return _GATES[spec.system](spec, weight_EH)
+        return _compiled(_GATES[spec.system](spec, weight_EH))
     if bias_E is None:
         raise CheckpointError(
             f"the gate of {spec.system} has no e_score_correction_bias; its checkpoints carry one per layer"
         )
-    return _BIASED_GATES[spec.system](spec, weight_EH, bias_E)
+    return _compiled(_BIASED_GATES[spec.system](spec, weight_EH, bias_E))
+
+
+def _compiled(gate: Gate) -> Gate:
+    """`gate`, its small batches compiled where its file says how."""
+    formula: GateFormula | None = getattr(gate, "formula", None)
+    return gate if formula is None else CompiledGate(gate, formula)

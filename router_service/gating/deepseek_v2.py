@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from router_service.gating.choice import choose
+from router_service.gating.compiled_gate import GateFormula
 from router_service.gating.expert_groups import keep_best_groups
 from router_service.gating.gate import ChoiceLimit, GateOutput, GateSpec
 from router_service.gating.logits import GateLogits
@@ -22,11 +23,30 @@ class DeepseekV2Gate:
         self._spec = spec
         self._logits = GateLogits(weight_EH)
 
+    @property
+    def formula(self) -> GateFormula | None:
+        """The same as compiled code knows it; None on a GPU."""
+        spec = self._spec
+        if self._logits.packed is None:
+            return None
+        limited = spec.n_group is not None and spec.topk_group is not None
+        return GateFormula(
+            logits=self._logits.packed,
+            top_k=spec.num_experts_per_tok,
+            score="softmax",
+            weight="score",
+            scale=spec.routed_scaling_factor,
+            group_score="best" if limited else None,
+            n_group=spec.n_group or 1,
+            topk_group=spec.topk_group or 1,
+            closed=0.0,
+        )
+
     def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
         spec = self._spec
         scores_TE = self._logits(hidden_TH).softmax(dim=-1)
         if spec.n_group is not None and spec.topk_group is not None:
-            group_scores_TG = scores_TE.view(len(scores_TE), spec.n_group, -1).amax(dim=-1)
+            group_scores_TG = scores_TE.view(-1, spec.n_group, spec.num_experts // spec.n_group).amax(dim=-1)
             scores_TE = keep_best_groups(scores_TE, group_scores_TG, spec.topk_group, 0.0)
         chosen = choose(scores_TE, scores_TE, spec.num_experts_per_tok, limit)
         return chosen._replace(weights_TK=chosen.weights_TK * spec.routed_scaling_factor)

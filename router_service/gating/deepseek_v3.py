@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from router_service.gating.choice import choose
+from router_service.gating.compiled_gate import GateFormula
 from router_service.gating.expert_groups import keep_best_groups
 from router_service.gating.gate import ChoiceLimit, GateOutput, GateSpec
 from router_service.gating.logits import GateLogits
@@ -22,12 +23,33 @@ class DeepseekV3Gate:
         self._logits = GateLogits(weight_EH)
         self._bias_E = bias_E.float()
 
+    @property
+    def formula(self) -> GateFormula | None:
+        """The same as compiled code knows it; None on a GPU."""
+        spec = self._spec
+        if self._logits.packed is None:
+            return None
+        limited = spec.n_group is not None and spec.topk_group is not None and spec.n_group > 1
+        return GateFormula(
+            logits=self._logits.packed,
+            top_k=spec.num_experts_per_tok,
+            score="sigmoid",
+            weight="normalised" if spec.norm_topk_prob else "score",
+            bias_E=self._bias_E,
+            scale=spec.routed_scaling_factor,
+            epsilon=1e-20,
+            group_score="best_two" if limited else None,
+            n_group=spec.n_group or 1,
+            topk_group=spec.topk_group or 1,
+        )
+
     def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
         spec = self._spec
         scores_TE = self._logits(hidden_TH).sigmoid()
         choice_TE = scores_TE + self._bias_E
         if spec.n_group is not None and spec.topk_group is not None and spec.n_group > 1:
-            group_scores_TG = choice_TE.view(len(choice_TE), spec.n_group, -1).topk(2, dim=-1).values.sum(dim=-1)
+            grouped = choice_TE.view(-1, spec.n_group, spec.num_experts // spec.n_group)
+            group_scores_TG = grouped.topk(2, dim=-1).values.sum(dim=-1)
             choice_TE = keep_best_groups(choice_TE, group_scores_TG, spec.topk_group, float("-inf"))
         expert_ids_TK, weights_TK = choose(choice_TE, scores_TE, spec.num_experts_per_tok, limit)
         if spec.norm_topk_prob:

@@ -12,8 +12,8 @@ def keep_best_groups(
 
     group_scores_TG: one score for each of G contiguous groups of E / G experts
     """
-    num_tokens, num_groups = group_scores_TG.shape
+    num_groups = group_scores_TG.shape[1]
     best_TK = torch.topk(group_scores_TG, k=topk_group, dim=-1, sorted=False).indices
     closed_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, best_TK, False)
-    grouped = scores_TE.view(num_tokens, num_groups, -1)
+    grouped = scores_TE.view(-1, num_groups, scores_TE.shape[1] // num_groups)
     return grouped.masked_fill(closed_TG.unsqueeze(-1), fill).view_as(scores_TE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from router_service.gating.choice import choose
+from router_service.gating.compiled_gate import GateFormula
 from router_service.gating.gate import ChoiceLimit, GateOutput, GateSpec
 from router_service.gating.logits import GateLogits
 
@@ -19,6 +20,13 @@ class MixtralGate:
     def __init__(self, spec: GateSpec, weight_EH: torch.Tensor) -> None:
         self._top_k = spec.num_experts_per_tok
         self._logits = GateLogits(weight_EH)
+
+    @property
+    def formula(self) -> GateFormula | None:
+        """The same as compiled code knows it; None on a GPU."""
+        if self._logits.packed is None:
+            return None
+        return GateFormula(logits=self._logits.packed, top_k=self._top_k, score="logits", weight="softmax")
 
     def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
         logits_TE = self._logits(hidden_TH)

@@ -73,7 +73,7 @@ def _read_fields(message: Any, position: Any, end: Any, numbers: Any, contents: 
 
 @part(())
 def _copy(message: Any, values: Any, ends: Any, field: Any, out: Any) -> Any:
-    """A field's content to the start of `out`; how many values of four bytes, -1 where it is no whole number or many."""
+    """A field's content to the start of `out`; how many values of four bytes, -1 where it is not whole or too long."""
     start, size = values[field], ends[field] - values[field]
     if size % 4 or size > len(out):
         return np.int64(-1)
@@ -109,7 +109,7 @@ def compile_answer_call(
 
     Arguments:
         request        uint8 [size]
-        experts        int64 [L, E, 6]: addresses as `compile_expert_mlp` takes them of each layer's experts; 0: not here
+        experts        int64 [L, E, 6]: addresses as `compile_expert_mlp` takes them of each layer's experts, 0: none
         panels, limit, up_shift   as there
         most_work      rows, and ROWS_A_READ for each expert, up to which a call is small
         ids, offsets, token_rows   int32 [m], [m + 1], [m], to work in; weights  float32 [m]
@@ -118,9 +118,7 @@ def compile_answer_call(
         reply          uint8, room for a float32 answer and 64 bytes
         counted        int64 [1], gets the number of rows
     """
-    run = compile_expert_mlp(
-        activation, gated=gated, biased=biased, up_format=up_format, down_format=down_format
-    )
+    run = compile_expert_mlp(activation, gated=gated, biased=biased, up_format=up_format, down_format=down_format)
     unpermute = compile_unpermute()
 
     def answer_call(
@@ -224,7 +222,20 @@ def compile_answer_call(
     signature = types.int64(
         types.Array(types.uint8, 1, "C", readonly=True),
         *(types.int64[:, :, ::1], types.int64[::1], types.float32, types.float32, types.int64),
-        *(ints, ints, ints, numbers, floats, floats, floats, floats, floats, floats, types.uint8[::1], types.int64[::1]),
+        *(
+            ints,
+            ints,
+            ints,
+            numbers,
+            floats,
+            floats,
+            floats,
+            floats,
+            floats,
+            floats,
+            types.uint8[::1],
+            types.int64[::1],
+        ),
     )
     variant = activation, gated, biased, up_format, down_format
     return compiled(answer_call, signature, variant=variant, error_model="numpy")  # type: ignore[return-value]

@@ -1,0 +1,86 @@
+"""A gate of a decode step on the CPU, as one compiled call in place of a dozen operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from experts.ops.packed_matmul import PackedMatrix
+from router_service.gating.gate import ChoiceLimit, Gate, GateOutput
+
+# More are done with sooner by operators that share them among cores.
+_MOST_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateFormula:
+    """What a gate makes of its logits, K experts a token.
+
+    score:   what becomes of logits;  bias_E: what is added to scores for the choice, None: nothing
+    weight:  the chosen experts' scores as they are, `normalised` (divided by their sum + `epsilon`), or their
+             `softmax`; times `scale`
+    group_score: best, or sum of the best_two choices of each of `n_group` groups of experts, of which a token uses
+             `topk_group`; the other experts' choice (and score, where it is 0) is `closed`. None: no groups
+    """
+
+    logits: PackedMatrix
+    top_k: int
+    score: Literal["logits", "softmax", "sigmoid"]
+    weight: Literal["score", "normalised", "softmax"]
+    bias_E: torch.Tensor | None = None
+    scale: float = 1.0
+    epsilon: float = 0.0
+    group_score: Literal["best", "best_two"] | None = None
+    n_group: int = 1
+    topk_group: int = 1
+    closed: float = float("-inf")
+
+
+class CompiledGate:
+    """`gate`, which computes whatever is not a small batch in float32 on the CPU, and without a limit."""
+
+    def __init__(self, gate: Gate, formula: GateFormula) -> None:
+        # Loads LLVM, which a GPU's process does not need.
+        from router_service._numba.choose_experts import compile_choose_experts
+
+        self.gate = gate
+        self._formula = formula
+        self._columns = formula.logits.num_columns
+        num_experts, bias_E = formula.logits.num_outputs, formula.bias_E
+        # Compiled code looks at no bounds.
+        assert formula.top_k <= num_experts
+        assert num_experts % formula.n_group == 0
+        assert formula.topk_group <= formula.n_group
+        assert formula.group_score != "best_two" or num_experts >= 2 * formula.n_group
+        bias = np.zeros(num_experts, np.float32) if bias_E is None else bias_E.float().contiguous().numpy()
+        self._layer = *(np.array([address]) for address in formula.logits.addresses()), len(formula.logits.panels), bias
+        self._numbers = formula.n_group, formula.topk_group, formula.scale, formula.epsilon
+        self._width = formula.logits.panels.shape[1]
+        self._run = compile_choose_experts(
+            formula.logits.kind,
+            score=formula.score,
+            weight=formula.weight,
+            group_score=formula.group_score,
+            closed=formula.closed,
+        )
+
+    def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
+        num_tokens, width = hidden_TH.shape
+        if (
+            num_tokens > _MOST_TOKENS
+            or limit is not None
+            or width != self._width
+            or hidden_TH.dtype is not torch.float32
+            or hidden_TH.device.type != "cpu"
+        ):
+            return self.gate(hidden_TH, limit)
+        expert_ids_TK = torch.empty(num_tokens, self._formula.top_k, dtype=torch.int64)
+        weights_TK = torch.empty(num_tokens, self._formula.top_k)
+        self._run(
+            *(hidden_TH.detach().contiguous().numpy(), *self._layer, *self._numbers),
+            *(np.empty((num_tokens, self._columns), np.float32), expert_ids_TK.numpy(), weights_TK.numpy()),
+        )
+        return GateOutput(expert_ids_TK, weights_TK)
