@@ -14,6 +14,8 @@ from experts.spec import ExpertCall
 from router_service.node_cover import NodeCover
 from router_service.slot_index import IntArray, SlotIndex
 
+_NONE: IntArray = np.empty(0, np.int32)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class GroupPart:
@@ -77,15 +79,11 @@ def plan_dispatch(
     cover:         of `index`; chooses among an expert's slots so that tokens touch few nodes
     """
     num_tokens, top_k = expert_ids_TK.shape
-    expert_R = expert_ids_TK.detach().cpu().numpy().reshape(-1)
+    expert_R = np.ascontiguousarray(expert_ids_TK.detach().cpu().numpy().reshape(-1), np.int64)
     weight_R = np.ascontiguousarray(weights_TK.detach().cpu().numpy().reshape(-1), np.float32)
-    token_R = np.repeat(np.arange(num_tokens, dtype=np.int32), top_k)
-    slot_R = cover(expert_R.reshape(num_tokens, top_k)).reshape(-1) if cover is not None else None
-    return DispatchPlan(
-        num_tokens=num_tokens,
-        parts=plan_rows(index, layer, num_tokens, expert_R, token_R, weight_R, slot_R),
-        tokens_per_expert_E=np.bincount(expert_R + 1, minlength=index.num_experts + 1)[1:],
-    )
+    slot_R = _NONE if cover is None else cover(expert_R.reshape(num_tokens, top_k)).reshape(-1)
+    parts, tokens_per_expert_E = _plan(index, layer, num_tokens, expert_R, weight_R, _NONE, slot_R)
+    return DispatchPlan(num_tokens=num_tokens, parts=parts, tokens_per_expert_E=tokens_per_expert_E)
 
 
 def plan_rows(
@@ -95,25 +93,32 @@ def plan_rows(
     expert_R: npt.NDArray[np.integer],
     token_R: IntArray,
     weight_R: npt.NDArray[np.float32],
-    slot_R: IntArray | None = None,
 ) -> tuple[GroupPart, ...]:
-    """Split routed rows (expert, token, weight; token ascending within an expert's rows) over groups.
+    """Split routed rows (expert, token, weight; token ascending within an expert's rows) over groups."""
+    token_R = np.ascontiguousarray(token_R, np.int32)
+    return _plan(index, layer, num_tokens, expert_R.astype(np.int64), np.ascontiguousarray(weight_R), token_R, _NONE)[0]
 
-    slot_R: the slot that each row goes to; None: an expert's slots share its rows evenly.
-    """
-    if slot_R is None:
-        # The token's number picks the slot: even load without state, and the same plan for the same batch.
-        turn_R = token_R % index.num_slots_E[expert_R] if index.redundant else 0
-        slot_R = index.slots_of_expert_EJ[expert_R, turn_R]
-    slot_R, token_R = np.ascontiguousarray(slot_R, np.int32), np.ascontiguousarray(token_R, np.int32)
-    num_rows, num_groups = len(slot_R), len(index.group_bounds_G1) - 1
+
+def _plan(
+    index: SlotIndex,
+    layer: int,
+    num_tokens: int,
+    expert_R: npt.NDArray[np.int64],
+    weight_R: npt.NDArray[np.float32],
+    token_R: IntArray,
+    slot_R: IntArray,
+) -> tuple[tuple[GroupPart, ...], npt.NDArray[np.int64]]:
+    """Parts, and each expert's rows. For arguments that may be empty see `compile_split_rows`."""
+    num_rows, num_groups = len(expert_R), len(index.group_bounds_G1) - 1
     weights_R = np.empty(num_rows, np.float32)
     token_rows_R, experts_R, tokens_R = (np.empty(num_rows, np.int32) for _ in range(3))
     offsets_RG = np.empty(num_rows + num_groups, np.int32)
     shares_G3 = np.empty((num_groups, 3), np.int64)
+    rows_E = np.zeros(index.num_experts, np.int64)
     compiled_split_rows()(
-        *(slot_R, token_R, weight_R, num_tokens, index.expert_of_slot_S, index.group_bounds_G1),
-        *(weights_R, token_rows_R, experts_R, offsets_RG, tokens_R, shares_G3),
+        *(expert_R, weight_R, token_R, np.ascontiguousarray(slot_R, np.int32), num_tokens),
+        *(index.slots_of_expert_EJ, index.num_slots_E, index.expert_of_slot_S, index.group_bounds_G1),
+        *(weights_R, token_rows_R, experts_R, offsets_RG, tokens_R, shares_G3, rows_E),
     )
     parts = []
     row = expert = offset = token = 0
@@ -131,7 +136,7 @@ def plan_rows(
                 )
             )
             row, expert, offset, token = row + rows, expert + experts, offset + experts + 1, token + tokens
-    return tuple(parts)
+    return tuple(parts), rows_E
 
 
 @cache

@@ -51,6 +51,7 @@ class Failover:
         """Send a node's parts one by one, its shared message having failed; whoever is lost then shows."""
         view = self._board.view
         assert view is not None, "a part was planned, so there was a table"
+        assert flight.node_part is not None
         with self._counters.lock:
             self._counters.failovers += 1
         return tuple(

@@ -69,3 +69,11 @@ def bundle(parts: Sequence[GroupPart], num_tokens: int) -> NodePart:
         tokens = np.flatnonzero(marked).astype(np.int32)
         tokens_T = tokens if len(tokens) < num_tokens else None
     return NodePart(parts=tuple(parts), tokens_T=tokens_T, num_tokens=num_tokens if tokens_T is None else len(tokens_T))
+
+
+def num_distinct_tokens(parts: Sequence[GroupPart], num_tokens: int) -> int:
+    """How many tokens of a batch of `num_tokens` any of `parts` needs."""
+    needed = [part.tokens_T for part in parts if part.tokens_T is not None]
+    if len(needed) < len(parts):
+        return num_tokens
+    return len(needed[0]) if len(needed) == 1 else len(np.unique(np.concatenate(needed)))

@@ -78,6 +78,7 @@ class Pending:
         """The batch's tokens and one node's sum for them."""
         flights = flight.flights
         if flight.reply is not None:
+            assert flight.node_part is not None
             try:
                 return flight.node_part.tokens_T, self._sender.receive_node(flight, self._left_s())
             except ReplyAbandoned:

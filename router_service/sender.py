@@ -9,7 +9,7 @@ import torch
 
 from router_service.counters import RouterCounters
 from router_service.dispatch import GroupPart
-from router_service.node_part import NodePart, bundle
+from router_service.node_part import NodePart, bundle, num_distinct_tokens
 from router_service.placement import GroupReplica
 from router_service.replica_choice import ReplicaChoice
 from router_service.table_view import TableView
@@ -32,9 +32,9 @@ class Flight:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class NodeFlight:
-    """A node's parts, out as one message (`reply`) or each on its own (`flights`); never both."""
+    """A node's parts, out as one message (`node_part`, `reply`) or each on its own (`flights`); never both."""
 
-    node_part: NodePart
+    node_part: NodePart | None = None
     version: int
     replicas: tuple[GroupReplica, ...] = ()
     reply: PendingReply | TransportError | None = None
@@ -79,12 +79,14 @@ class Sender:
         timeout_s: float | None,
     ) -> NodeFlight:
         version = view.table.version
-        node_part = bundle([part for part, _ in chosen], len(hidden_TH))
-        self._counters.node(node_part.num_tokens)
+        parts = [part for part, _ in chosen]
         replicas = tuple(replica for _, replica in chosen if replica is not None)
         if self._node in (None, node) or len(replicas) < 2 or len(replicas) < len(chosen):
+            self._counters.node(num_distinct_tokens(parts, len(hidden_TH)))
             flights = tuple(self._fly(version, part, replica, hidden_TH, timeout_s) for part, replica in chosen)
-            return NodeFlight(node_part=node_part, version=version, flights=flights)
+            return NodeFlight(version=version, flights=flights)
+        node_part = bundle(parts, len(hidden_TH))
+        self._counters.node(node_part.num_tokens)
         relay = self._replicas.least_loaded(replicas)
         addresses = ["" if replica is relay else replica.address or replica.actor for replica in replicas]
         call = node_part.call(hidden_TH, addresses)
