@@ -8,6 +8,7 @@ function is registered under the name: transformers then leaves masking to the a
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AttentionInterface
 
 from cluster.serving.attention_batch import AttentionBatch, DecodeGroup, PrefillSpan
 from cluster.serving.latent_attention import LatentProjections
+from experts.ops.cpu_threads import ThreadTeam
 
 NAME = "expertmesh"
 # Scores that are held at once where no fused kernel can be used: 128 MiB of float32.
@@ -66,11 +68,13 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    **_: Any,
+    team: ThreadTeam | None = None,
+    **__: Any,
 ) -> tuple[torch.Tensor, None]:
     """query: [1, heads, T, dim], new tokens of all sequences. Returns [1, T, heads, value dim].
 
     sliding_window, softcap, s_aux (a sink logit per head) mean what they mean to transformers' own functions.
+    team: shares prompts, where there are several, on a CPU
     """
     started = time.perf_counter()
     layer: int = module.layer_idx
@@ -84,12 +88,41 @@ def attend(
             rows_HBD = latent.absorb(rows_HBD)
         out_HBV = _decode(rows_HBD, layer, group, scale, sliding_window, softcap, s_aux)
         outputs.append(out_HBV if latent is None else latent.unabsorb(out_HBV))
-    for span in attention_batch.prefill_spans:
+
+    def prefill(span: PrefillSpan) -> torch.Tensor:
         rows_HTD = query_HTD[:, span.start : span.stop]
-        outputs.append(_prefill(rows_HTD, layer, span, latent, scale, sliding_window, softcap, s_aux))
-    out_HTV = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return _prefill(rows_HTD, layer, span, latent, scale, sliding_window, softcap, s_aux)
+
+    spans = attention_batch.prefill_spans
+    outputs += map(prefill, spans) if team is None or len(spans) < 2 else _shared(team, prefill, spans)
+    heads, num_tokens, _ = query_HTD.shape
+    out_THV = outputs[0].new_empty(num_tokens, heads, outputs[0].shape[-1])
+    first = 0
+    for out_HTV in outputs:  # in the order of their rows
+        last = first + out_HTV.shape[1]
+        out_THV[first:last] = out_HTV.transpose(0, 1)
+        first = last
     attention_batch.seconds += time.perf_counter() - started
-    return out_HTV.transpose(0, 1).unsqueeze(0), None
+    return out_THV.unsqueeze(0), None
+
+
+def _shared(
+    team: ThreadTeam, prefill: Callable[[PrefillSpan], torch.Tensor], spans: Sequence[PrefillSpan]
+) -> list[torch.Tensor]:
+    """A span is one thread's from its keys to its output: operators that all threads share wait for the slowest."""
+    outputs = [torch.empty(0)] * len(spans)
+    num_threads = torch.get_num_threads()
+
+    @torch.inference_mode()
+    def run(index: int) -> None:
+        torch.set_num_threads(1)  # a thread's own
+        outputs[index] = prefill(spans[index])
+
+    try:
+        team.run(run, len(spans))
+    finally:
+        torch.set_num_threads(num_threads)
+    return outputs
 
 
 def _decode(

@@ -19,6 +19,9 @@ _NO_WINDOW = 1 << 62
 class GroupedQueryDecode(DecodeAttention):
     """See DecodeAttention."""
 
+    # Their keys and values stay in a core's second cache.
+    most_prompt = 256
+
     def __init__(self, attention: Any, team: ThreadTeam) -> None:
         super().__init__(attention, attention.o_proj.matrix, attention.head_dim, team)
         # Loads LLVM, which a GPU's process does not need.

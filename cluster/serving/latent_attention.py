@@ -48,6 +48,9 @@ class LatentProjections:
         """Keys [heads, L, qk_head_dim] and values [heads, L, v_head_dim] of cached rows."""
         latents_LR, rope_LD = torch.split(rows_LD, [self.rank, self.rope], dim=-1)
         expanded = self._attention.kv_b_proj(latents_LR).view(rows_LD.shape[0], -1, self.nope + self.value_dim)
-        nope_HLN, value_HLV = torch.split(expanded.transpose(0, 1), [self.nope, self.value_dim], dim=-1)
-        key_HLD = torch.cat((nope_HLN, rope_LD.expand(nope_HLN.shape[0], -1, -1)), dim=-1)
-        return key_HLD, value_HLV
+        nope_LHN, value_LHV = torch.split(expanded, [self.nope, self.value_dim], dim=-1)
+        # Several times as fast as `torch.cat`, which goes number by number through what does not lie side by side.
+        key_LHD = expanded.new_empty(*expanded.shape[:2], self.nope + self.rope)
+        key_LHD[..., : self.nope] = nope_LHN
+        key_LHD[..., self.nope :] = rope_LD[:, None]
+        return key_LHD.transpose(0, 1), value_LHV.transpose(0, 1)
