@@ -69,3 +69,11 @@ def test_open_calls_of_many_threads_are_counted_and_uncounted():
     for thread in threads:
         thread.join()
     assert meter.stats()["queue_depth"] == 0
+
+
+def test_a_call_that_comes_again_in_another_form_is_no_answer():
+    meter = GroupMeter(Clock())
+    meter.accept()
+    meter.withdraw()
+    assert meter.stats()["queue_depth"] == 0
+    assert meter.stats()["tokens_per_s"] == 0

@@ -218,15 +218,31 @@ def test_nan_stays_in_its_row(case: str, value: float) -> None:
     assert got_TH.isnan().all(dim=1).tolist() == [row == 2 for row in range(len(hidden))]
 
 
-@pytest.mark.parametrize("case", ["mixtral", "deepseek-v3"])
-def test_steps_with_a_prompt_go_through_the_familys_module(case: str) -> None:
-    attention, hidden = Attention(case), sequences()
-    decoding, prompt = attention.slot_with(hidden[3][:-1]), attention.slot_with(hidden[0][:0])
-    chunks = [Chunk(slot=prompt, num_tokens=3), Chunk(slot=decoding, num_tokens=1)]
-    got_TH = attention.step(attention.ours, chunks, [hidden[4][:3], hidden[3][-1:]])
-    expected = [attention.expected(hidden[4][: count + 1]) for count in range(3)]
-    expected.append(attention.expected(hidden[3]))
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("case", ["mixtral", "mixtral window", "qwen3", "deepseek-v3"])
+@pytest.mark.parametrize("longest", [60, 300])
+def test_steps_with_prompts(case: str, longest: int, num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt's beginning, another's end, and a sequence that decodes, in one step."""
+    attention, hidden = Attention(case, num_threads), sequences()
+    rows = {3: 1, 5: longest, 4: 50, 1: 2}
+    slots = {which: attention.slot_with(hidden[which][:-new]) for which, new in rows.items() if which != 5}
+    whole = attention.cache.allocate(longest)
+    assert whole is not None
+    slots[5], hidden[5] = whole, hidden[5][:longest]
+    asked = []
+    forward = attention.ours.attention.forward
+    monkeypatch.setattr(
+        attention.ours.attention, "forward", lambda **arguments: asked.append(1) or forward(**arguments)
+    )
+    chunks = [Chunk(slot=slots[which], num_tokens=new) for which, new in rows.items()]
+    got_TH = attention.step(attention.ours, chunks, [hidden[which][-new:] for which, new in rows.items()])
+    expected = [
+        attention.expected(hidden[which][: len(hidden[which]) - new + 1 + token])
+        for which, new in rows.items()
+        for token in range(new)
+    ]
     torch.testing.assert_close(got_TH.double(), torch.stack(expected), atol=2e-5, rtol=1e-4)
+    assert bool(asked) == (longest == 300 or attention.latent)  # short ones are taken token by token
 
 
 def test_other_families_keep_their_modules() -> None:

@@ -51,6 +51,15 @@ def test_the_shared_expert_runs_while_experts_are_out() -> None:
     assert diary.lines == ["route 5 (3, 8)", "shared", "result"]
 
 
+def test_torch_has_one_thread_while_experts_are_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    diary = Diary()
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: diary.lines.append(f"{count} threads"))
+    block = MoeBlock(5, family_block(), RouterConnection(router=diary, num_threads=3))  # type: ignore[arg-type]
+    block.shared_experts = diary
+    block(torch.ones(1, 3, 8))
+    assert diary.lines == ["1 threads", "route 5 (3, 8)", "shared", "result", "3 threads"]
+
+
 def test_time_spent_on_the_router_is_counted() -> None:
     connection = RouterConnection(router=Diary())  # type: ignore[arg-type]
     block = MoeBlock(0, family_block(), connection)
