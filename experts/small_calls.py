@@ -29,7 +29,7 @@ class SmallCalls:
         self._backend = backend
         self._addresses_LE6: npt.NDArray[np.int64] = np.zeros((0, 0, 6), np.int64)
         self._formats: Formats | None = None
-        self._some_slot = 0
+        self._expert_bytes = 0
 
     def hold(self, key: ExpertKey, slot: int) -> None:
         """An expert is in `slot`. Those whose matrices are not of the first one's formats are left to other code."""
@@ -39,9 +39,10 @@ class SmallCalls:
         if held.formats == self._formats:
             layers, experts, _ = self._addresses_LE6.shape
             more = max(0, key.layer + 1 - layers), max(0, key.expert + 1 - experts)
-            self._addresses_LE6 = np.pad(self._addresses_LE6, ((0, more[0]), (0, more[1]), (0, 0)))
+            if any(more):
+                self._addresses_LE6 = np.pad(self._addresses_LE6, ((0, more[0]), (0, more[1]), (0, 0)))
             self._addresses_LE6[key.layer, key.expert] = held.addresses
-            self._some_slot = slot
+            self._expert_bytes = self._backend.nbytes(slot)
 
     def forget(self, key: ExpertKey) -> None:
         """An expert's slot is about to be freed."""
@@ -55,7 +56,7 @@ class SmallCalls:
             return None
         size = self._run(
             *(np.frombuffer(request, np.uint8), self._addresses_LE6, self._panels, *self._limits),
-            *(self._backend.most_work_alone(self._some_slot), *self._work),
+            *(self._backend.most_work_alone(self._expert_bytes), *self._work),
         )
         return SmallAnswer(self._reply[:size].tobytes(), int(self._num_rows[0])) if size else None
 

@@ -108,9 +108,9 @@ class CpuBackend:
         """What is in `slot`."""
         return self._slots[slot]
 
-    def most_work_alone(self, slot: int) -> int:
-        """Rows, and ROWS_A_READ for each expert, up to which another thread would be awake too late."""
-        return sys.maxsize if self._team.num_threads == 1 else _ALONE_BYTES * ROWS_A_READ // self.nbytes(slot)
+    def most_work_alone(self, expert_bytes: int) -> int:
+        """Rows, and ROWS_A_READ for each expert of so many bytes, that are done before another thread is awake."""
+        return sys.maxsize if self._team.num_threads == 1 else _ALONE_BYTES * ROWS_A_READ // expert_bytes
 
     def nbytes(self, slot: int) -> int:
         """Bytes that a slot's matrices take, and that a call of one row reads."""

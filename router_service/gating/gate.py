@@ -36,8 +36,9 @@ class Gate(Protocol):
     """`hidden_TH` in any float dtype -> GateOutput on the same device. Computes in float32.
 
     limit: sees and may narrow what the choice is made from, after the gate's own limits; weights stay those of the
-           scores. Ties go to whichever expert `torch.topk` returns. A token with NaN scores still gets K distinct
-           experts; its weights are NaN, so the damage shows in its own output row and in no other.
+           scores. Ties go to whichever expert `torch.topk` returns, or to the lower number (`compiled_gate`). A token
+           with NaN scores still gets K distinct experts; its weights are NaN, so the damage shows in its own output
+           row and in no other.
     """
 
     def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput: ...

@@ -148,6 +148,8 @@ def test_with_several_threads_large_work_is_left_to_them() -> None:
     shard = make_shard(spec, [ExpertKey(0, expert) for expert in range(6)], num_threads=2)
     assert shard.answer(encode_call(make_call(512, {0: [0]}, 1, layer=0))) is not None
     assert shard.answer(encode_call(make_call(512, {expert: [0] for expert in range(6)}, 1, layer=0))) is None
+    shard.free(ExpertKey(0, 5))  # the last one that was loaded
+    assert shard.answer(encode_call(make_call(512, {0: [0]}, 1, layer=0))) is not None
 
 
 def test_a_busy_shard_and_other_formats_are_left_alone() -> None:
