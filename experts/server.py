@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import grpc
 import torch
@@ -98,10 +98,11 @@ class ExpertServer:
 
     def _answer(self, request: bytes, segments: MappedSegments) -> bytes:
         call_id = 0
-        try:
+        with suppress(Exception):  # whatever it was, the other way can say whose call failed
             small = self._group.answer(request)
             if small is not None:
                 return small.reply
+        try:
             wire = decode_call(request, segments)
             call_id = wire.call_id
             return encode_partial(call_id, self._run(wire.call), wire.reply_dtype, wire.reply_place)

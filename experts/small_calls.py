@@ -65,7 +65,6 @@ class SmallCalls:
         from experts.wire._numba.answer_call import compile_answer_call
 
         spec = self._backend.spec
-        self._formats = held.formats
         self._run: Callable[..., int] = compile_answer_call(
             spec.activation, gated=spec.gated, biased=spec.bias, up_format=held.formats[0], down_format=held.formats[1]
         )
@@ -82,3 +81,4 @@ class SmallCalls:
             *(np.empty((MOST_ROWS, size), np.float32) for size in (*columns, held.down.num_columns, spec.hidden_size)),
             *(self._reply, self._num_rows),
         )
+        self._formats = held.formats  # all is there

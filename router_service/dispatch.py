@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from experts.errors import RequestError
 from experts.spec import ExpertCall
 from router_service.node_cover import NodeCover
 from router_service.slot_index import IntArray, SlotIndex
@@ -74,9 +75,11 @@ def plan_dispatch(
 ) -> DispatchPlan:
     """Split a batch over groups.
 
-    expert_ids_TK: int64 or int32, -1 for no expert; the caller has checked the range
+    expert_ids_TK: int64 or int32, -1 for no expert
     weights_TK:    float32
     cover:         of `index`; chooses among an expert's slots so that tokens touch few nodes
+
+    Raises RequestError for an expert that the layer does not have.
     """
     num_tokens, top_k = expert_ids_TK.shape
     expert_R = np.ascontiguousarray(expert_ids_TK.detach().cpu().numpy().reshape(-1), np.int64)
@@ -115,11 +118,18 @@ def _plan(
     offsets_RG = np.empty(num_rows + num_groups, np.int32)
     shares_G3 = np.empty((num_groups, 3), np.int64)
     rows_E = np.zeros(index.num_experts, np.int64)
-    compiled_split_rows()(
-        *(expert_R, weight_R, token_R, np.ascontiguousarray(slot_R, np.int32), num_tokens),
-        *(index.slots_of_expert_EJ, index.num_slots_E, index.expert_of_slot_S, index.group_bounds_G1),
-        *(weights_R, token_rows_R, experts_R, offsets_RG, tokens_R, shares_G3, rows_E),
-    )
+    try:
+        compiled_split_rows()(
+            *(expert_R, weight_R, token_R, np.ascontiguousarray(slot_R, np.int32), num_tokens),
+            *(index.slots_of_expert_EJ, index.num_slots_E, index.expert_of_slot_S, index.group_bounds_G1),
+            *(weights_R, token_rows_R, experts_R, offsets_RG, tokens_R, shares_G3, rows_E),
+        )
+    except IndexError:
+        raise RequestError(
+            f"expert_ids reach from {expert_R.min()} to {expert_R.max()}; in this placement table layer {layer} has "
+            f"experts 0 to {index.num_experts - 1}",
+            "expert_ids",
+        ) from None
     parts = []
     row = expert = offset = token = 0
     for group, (rows, experts, tokens) in enumerate(shares_G3.tolist()):

@@ -22,6 +22,8 @@ from experts.ops.cpu_threads import ThreadTeam
 NAME = "expertmesh"
 # Scores that are held at once where no fused kernel can be used: 128 MiB of float32.
 _MAX_SCORES = 1 << 25
+# Operators on longer sequences have enough for all threads, and take enough memory for one.
+_MOST_SHARED = 1024
 
 
 class StepCache:
@@ -94,7 +96,7 @@ def attend(
         return _prefill(rows_HTD, layer, span, latent, scale, sliding_window, softcap, s_aux)
 
     spans = attention_batch.prefill_spans
-    outputs += map(prefill, spans) if team is None or len(spans) < 2 else _shared(team, prefill, spans)
+    outputs += _shared(team, prefill, spans) if team is not None and _are_alike(spans, team) else map(prefill, spans)
     heads, num_tokens, _ = query_HTD.shape
     out_THV = outputs[0].new_empty(num_tokens, heads, outputs[0].shape[-1])
     first = 0
@@ -104,6 +106,16 @@ def attend(
         first = last
     attention_batch.seconds += time.perf_counter() - started
     return out_THV.unsqueeze(0), None
+
+
+def _are_alike(spans: Sequence[PrefillSpan], team: ThreadTeam) -> bool:
+    """Whether a span a thread keeps all threads busy, and what they hold at once is little."""
+    work = [(span.stop - span.start) * span.end for span in spans]
+    return (
+        len(spans) >= max(2, team.num_threads)
+        and max(work) * team.num_threads <= sum(work)
+        and max(span.end for span in spans) <= _MOST_SHARED
+    )
 
 
 def _shared(

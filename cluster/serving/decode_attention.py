@@ -70,7 +70,11 @@ class DecodeAttention(nn.Module, ABC):
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, None]:
         """hidden_states: float32 [1, T, H]; for the rest see transformers' attention modules."""
         batch: AttentionBatch = arguments["attention_batch"]
-        if any(span.end > self.most_prompt for span in batch.prefill_spans):
+        pieces = [*self._pieces(batch)]
+        # A prompt is one thread's from projection to projection: there have to be enough for all threads.
+        if batch.prefill_spans and (
+            len(pieces) < self._team.num_threads or any(span.end > self.most_prompt for span in batch.prefill_spans)
+        ):
             output: tuple[torch.Tensor, None] = self.attention(
                 hidden_states=hidden_states, team=self._team, **arguments
             )
@@ -81,7 +85,6 @@ class DecodeAttention(nn.Module, ABC):
         assert cos_TD.shape[1] >= self._rope_dim // 2  # compiled code looks at no bounds
         out_TP = torch.empty(len(hidden_TH), self._onto.num_columns)
         out = out_TP.numpy()
-        pieces = [*self._pieces(batch)]
 
         def run(index: int) -> None:
             arena, rows, slots_T, positions_T = pieces[index]

@@ -29,6 +29,7 @@ def compile_split_rows() -> Callable[..., None]:
         shares_G3     int64 [G, 3]: rows, experts and tokens of each group; no tokens where it needs all of them
     and adds each expert's rows to
         rows_E        int64 [E]
+    Raises IndexError for an expert that is not below E.
     """
 
     def split_rows(
@@ -54,6 +55,8 @@ def compile_split_rows() -> Callable[..., None]:
         tokens, slots = np.empty(num_rows, np.int32), np.empty(num_rows, np.int32)
         for row in range(num_rows):
             expert = expert_R[row]
+            if expert < -1 or expert >= len(rows_E):
+                raise IndexError("an expert that the layer does not have")
             tokens[row] = token_R[row] if len(token_R) else row * num_tokens // num_rows
             if len(slot_R):
                 slots[row] = slot_R[row]

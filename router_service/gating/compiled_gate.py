@@ -55,7 +55,7 @@ class CompiledGate:
         assert num_experts % formula.n_group == 0
         assert formula.topk_group <= formula.n_group
         assert formula.group_score != "best_two" or num_experts >= 2 * formula.n_group
-        bias = np.zeros(num_experts, np.float32) if bias_E is None else bias_E.float().contiguous().numpy()
+        bias = np.zeros(num_experts, np.float32) if bias_E is None else bias_E.detach().float().contiguous().numpy()
         self._layer = *(np.array([address]) for address in formula.logits.addresses()), len(formula.logits.panels), bias
         self._numbers = formula.n_group, formula.topk_group, formula.scale, formula.epsilon
         self._width = formula.logits.panels.shape[1]

@@ -111,6 +111,7 @@ def test_what_is_no_small_call_in_float32_is_left_to_other_code() -> None:
         "cut off": good[:-1],
         "a field twice": good + good[:4],
         "an unknown field": good + bytes([14 << 3, 1]),
+        "a field's number in more bytes than protobuf takes": bytes([0x88, 0x80, 0x80, 0x80, 0x80, 0x00, 7]) + good,
         "nothing": b"",
     }
     for why, message in messages.items():
@@ -183,3 +184,12 @@ def test_no_answer_is_made_of_a_refused_call() -> None:
         assert shard.answer(message.SerializeToString()) is None
         with pytest.raises(MeshError, match=field):
             decode_call(message.SerializeToString())
+
+
+def test_a_way_that_breaks_leaves_the_call_to_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SPECS["gated"]
+    shard = make_shard(spec, [])
+    monkeypatch.setattr("experts.wire._numba.answer_call.compile_answer_call", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        shard.load(ExpertKey(1, 0), weights_of(spec, torch.Generator()), checksum=0)
+    assert shard.answer(encode_call(make_call(spec.hidden_size, {0: [0]}, 1))) is None

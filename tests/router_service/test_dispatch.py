@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from experts.errors import RequestError
 from router_service.dispatch import plan_dispatch, plan_rows
 from router_service.slot_index import build_slot_index
 
@@ -105,3 +106,15 @@ def test_weights_may_lie_as_they_like(dtype):
     assert (first.weights_R.tolist(), second.weights_R.tolist()) == ([0.5, 2.0], [0.25])
     (part,) = plan_dispatch(index, 0, torch.zeros(3, 2, dtype=torch.int32), torch.ones(1, 1).expand(3, 2)).parts
     assert part.weights_R.tolist() == [1.0] * 6
+
+
+@pytest.mark.parametrize("wrong", [8, 40000, -2])
+def test_an_expert_that_the_layer_does_not_have_is_refused(wrong):
+    """A table of fewer experts than the gate's: compiled code must not read beyond its arrays."""
+    index = build_slot_index([(0,)] * 4 + [(1,)] * 4, 2)
+    ids_TK = torch.tensor([[0, 7], [wrong, 3]])
+    with pytest.raises(RequestError, match=rf"{wrong}.*layer 5 has experts 0 to 7"):
+        plan_dispatch(index, 5, ids_TK, torch.ones(2, 2))
+    rows = ids_TK.reshape(-1).numpy(), np.array([0, 0, 1, 1], np.int32), np.ones(4, np.float32)
+    with pytest.raises(RequestError, match="experts 0 to 7"):
+        plan_rows(index, 5, 2, *rows)

@@ -24,6 +24,7 @@ _CALL_ID, _LAYER, _IDS, _OFFSETS, _ROWS, _WEIGHTS, _REPLY_DTYPE, _HIDDEN = 1, 2,
 _DTYPE, _SHAPE, _DATA = 1, 2, 15
 _FLOAT32 = 1
 _VARINT, _LENGTH = 0, 2
+_TAG_BYTES = 5
 _TAG_1, _TAG_2, _TAG_15 = 1 << 3, 2 << 3 | _LENGTH, 15 << 3 | _LENGTH
 # The fields of an ordinary call and of its hidden states, a bit each: numbers, and fields that have a length.
 _CALL_NUMBERS = 1 << _CALL_ID | 1 << _LAYER | 1 << _REPLY_DTYPE
@@ -53,10 +54,11 @@ def _read_fields(message: Any, position: Any, end: Any, numbers: Any, contents: 
     """
     seen = np.int64(0)
     while position < end:
-        tag, position = _read_varint(message, position, end)
+        tag, after = _read_varint(message, position, end)
         field = tag >> 3
-        if tag < 0 or field > 15 or seen >> field & 1:
+        if tag < 0 or after - position > _TAG_BYTES or field > 15 or seen >> field & 1:
             return False
+        position = after
         seen |= np.int64(1) << field
         value, position = _read_varint(message, position, end)
         if value < 0:
@@ -237,5 +239,5 @@ def compile_answer_call(
             types.int64[::1],
         ),
     )
-    variant = activation, gated, biased, up_format, down_format
+    variant = activation, gated, biased, up_format, down_format, ROWS_A_READ
     return compiled(answer_call, signature, variant=variant, error_model="numpy")  # type: ignore[return-value]

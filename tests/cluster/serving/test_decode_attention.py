@@ -245,6 +245,18 @@ def test_steps_with_prompts(case: str, longest: int, num_threads: int, monkeypat
     assert bool(asked) == (longest == 300 or attention.latent)  # short ones are taken token by token
 
 
+def test_a_lone_prompt_is_left_to_all_threads() -> None:
+    asked = []
+    for num_threads in (1, 2):
+        attention, hidden_TH = Attention("mixtral", num_threads), sequences()[3]
+        slot = attention.cache.allocate(40)
+        assert slot is not None
+        attention.ours.attention.register_forward_pre_hook(lambda *_, count=num_threads: asked.append(count))
+        got_TH = attention.step(attention.ours, [Chunk(slot=slot, num_tokens=40)], [hidden_TH[:40]])
+        torch.testing.assert_close(got_TH[-1].double(), attention.expected(hidden_TH[:40]), atol=2e-5, rtol=1e-4)
+    assert asked == [2]
+
+
 def test_other_families_keep_their_modules() -> None:
     config = OlmoeConfig(**_COMMON, num_key_value_heads=2)
     config._attn_implementation = "eager"
