@@ -71,7 +71,7 @@ def attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     team: ThreadTeam | None = None,
-    **__: Any,
+    **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """query: [1, heads, T, dim], new tokens of all sequences. Returns [1, T, heads, value dim].
 
@@ -97,7 +97,7 @@ def attend(
 
     spans = attention_batch.prefill_spans
     outputs += _shared(team, prefill, spans) if team is not None and _are_alike(spans, team) else map(prefill, spans)
-    heads, num_tokens, _ = query_HTD.shape
+    heads, num_tokens = query_HTD.shape[:2]
     out_THV = outputs[0].new_empty(num_tokens, heads, outputs[0].shape[-1])
     first = 0
     for out_HTV in outputs:  # in the order of their rows

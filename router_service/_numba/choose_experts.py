@@ -26,17 +26,22 @@ def _is_above(value: Any, other: Any) -> Any:
 
 
 @part(())
-def _best(values: Any, first: Any, last: Any) -> Any:
-    best = first
-    for i in range(first + 1, last):
-        if _is_above(values[i], values[best]):
+def _take_best(values: Any, taken: Any) -> Any:
+    """The first of the best that are not yet taken, and takes it."""
+    best = -1
+    for i in range(len(values)):
+        if not taken[i] and (best < 0 or _is_above(values[i], values[best])):
             best = i
+    taken[best] = True
     return best
 
 
 @part(())
 def _softmax(values: Any) -> None:
-    most, total = values[_best(values, 0, len(values))], np.float32(0)
+    most, total = values[0], np.float32(0)
+    for i in range(1, len(values)):
+        if _is_above(values[i], most):
+            most = values[i]
     for i in range(len(values)):
         values[i] = _exp(values[i] - most)
         total += values[i]
@@ -98,23 +103,13 @@ def compile_choose_experts(
             if group_score is not None:
                 size = num_experts // num_groups
                 for group in range(num_groups):
-                    first = group * size
-                    best = _best(choice_E, first, first + size)
-                    group_G[group] = choice_E[best]
+                    members, taken = choice_E[group * size : (group + 1) * size], np.zeros(size, np.bool_)
+                    group_G[group] = members[_take_best(members, taken)]
                     if group_score == "best_two":
-                        second = first if best != first else first + 1
-                        for expert in range(second + 1, first + size):
-                            if expert != best and _is_above(choice_E[expert], choice_E[second]):
-                                second = expert
-                        group_G[group] += choice_E[second]
-                # Those that stay closed are what is left when the best have been taken out.
+                        group_G[group] += members[_take_best(members, taken)]
                 open_G = np.zeros(num_groups, np.bool_)
                 for _ in range(best_groups):
-                    best = -1
-                    for group in range(num_groups):
-                        if not open_G[group] and (best < 0 or _is_above(group_G[group], group_G[best])):
-                            best = group
-                    open_G[best] = True
+                    _take_best(group_G, open_G)
                 for expert in range(num_experts):
                     if not open_G[expert // size]:
                         choice_E[expert] = closed
@@ -124,11 +119,7 @@ def compile_choose_experts(
             taken_E = np.zeros(num_experts, np.bool_)
             total = np.float32(0)
             for k in range(top_k):
-                best = -1
-                for expert in range(num_experts):
-                    if not taken_E[expert] and (best < 0 or _is_above(choice_E[expert], choice_E[best])):
-                        best = expert
-                taken_E[best] = True
+                best = _take_best(choice_E, taken_E)
                 expert_ids_TK[token, k] = best
                 weights_TK[token, k] = scores_E[best]
                 total += scores_E[best]

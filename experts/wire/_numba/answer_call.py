@@ -224,20 +224,7 @@ def compile_answer_call(
     signature = types.int64(
         types.Array(types.uint8, 1, "C", readonly=True),
         *(types.int64[:, :, ::1], types.int64[::1], types.float32, types.float32, types.int64),
-        *(
-            ints,
-            ints,
-            ints,
-            numbers,
-            floats,
-            floats,
-            floats,
-            floats,
-            floats,
-            floats,
-            types.uint8[::1],
-            types.int64[::1],
-        ),
+        *(*[ints] * 3, numbers, *[floats] * 6, types.uint8[::1], types.int64[::1]),
     )
     variant = activation, gated, biased, up_format, down_format, ROWS_A_READ
     return compiled(answer_call, signature, variant=variant, error_model="numpy")  # type: ignore[return-value]
