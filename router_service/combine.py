@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 
 from router_service.slot_index import IntArray
@@ -32,10 +35,22 @@ class Combiner:
             self._sum_TH, self._owned = torch.zeros(self._shape, device=self._device), True
         elif not self._owned:
             self._sum_TH, self._owned = self._sum_TH.clone(), True
-        self._sum_TH.index_add_(0, torch.from_numpy(tokens_T).to(self._device), partial_TH)
+        if partial_TH.is_cuda or partial_TH.shape != (len(tokens_T), self._shape[1]):
+            self._sum_TH.index_add_(0, torch.from_numpy(tokens_T).to(self._device), partial_TH)
+        else:
+            compiled_add_rows()(self._sum_TH.numpy(), tokens_T, partial_TH.contiguous().numpy())
 
     def result(self, dtype: torch.dtype) -> torch.Tensor:
         """combined_TH in `dtype`; zero rows for tokens without any expert."""
         if self._sum_TH is None:
             return torch.zeros(self._shape, dtype=dtype, device=self._device)
         return self._sum_TH.to(dtype)
+
+
+@cache
+def compiled_add_rows() -> Callable[..., None]:
+    """What adds a partial's rows on the CPU; the first call compiles it."""
+    # Loads LLVM, which the command line does not need.
+    from router_service._numba.add_rows import compile_add_rows
+
+    return compile_add_rows()

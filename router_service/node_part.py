@@ -73,7 +73,9 @@ def bundle(parts: Sequence[GroupPart], num_tokens: int) -> NodePart:
 
 def num_distinct_tokens(parts: Sequence[GroupPart], num_tokens: int) -> int:
     """How many tokens of a batch of `num_tokens` any of `parts` needs."""
-    needed = [part.tokens_T for part in parts if part.tokens_T is not None]
-    if len(needed) < len(parts):
-        return num_tokens
-    return len(needed[0]) if len(needed) == 1 else len(np.unique(np.concatenate(needed)))
+    marked = np.zeros(num_tokens, dtype=bool)
+    for part in parts:
+        if part.tokens_T is None:
+            return num_tokens
+        marked[part.tokens_T] = True
+    return int(np.count_nonzero(marked))

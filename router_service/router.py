@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from experts.errors import GroupUnavailable, RequestError
+from router_service.combine import compiled_add_rows
 from router_service.counters import RouterCounters
 from router_service.dispatch import compiled_split_rows, plan_dispatch
 from router_service.failover import Failover, OnExpertLoss
@@ -51,7 +52,7 @@ class Router:
         max_nodes_per_token: int | None = None,
         node_limit_mode: NodeLimitMode = "exact",
     ) -> None:
-        compiled_split_rows()  # now, rather than in the first request
+        compiled_split_rows(), compiled_add_rows()  # now, rather than in the first request
         self.counters = RouterCounters()
         self._transport = transport
         self._gates = gates

@@ -21,7 +21,15 @@ import torch
 from experts.errors import ExpertNotResident, MeshError, RequestError, SegmentUnreachable
 from experts.node_call import NodeCall
 from experts.spec import ExpertCall
-from experts.wire.codec import MAX_MESSAGE_BYTES, WireReply, decode_partial, encode_call, segment_bytes
+from experts.wire.codec import (
+    MAX_MESSAGE_BYTES,
+    WireReply,
+    compiled_reader,
+    compiled_writer,
+    decode_partial,
+    encode_call,
+    segment_bytes,
+)
 from experts.wire.grpc_stream import GrpcStream
 from experts.wire.local_stream import LocalStream
 from experts.wire.message_stream import MessageStream, StreamClosed
@@ -213,6 +221,7 @@ class ExpertClient:
     def __init__(
         self, *, hidden_dtype: torch.dtype | None = None, reply_dtype: torch.dtype | None = torch.float32
     ) -> None:
+        compiled_writer(), compiled_reader()  # now, rather than in the first call
         self._hidden_dtype = hidden_dtype
         self._reply_dtype = reply_dtype
         self._lock = threading.Lock()

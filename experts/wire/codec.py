@@ -7,7 +7,9 @@ way out and once on its way in. The layout is `ForwardRequest` and `ForwardReply
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TypedDict
 
 import numpy as np
@@ -28,6 +30,9 @@ MAX_EXPERTS = 65536
 
 # gRPC's status codes, as Failure.code carries them.
 INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, INTERNAL = 3, 5, 9, 13
+# What surrounds the numbers of a message without shared memory is shorter.
+_FRAME_BYTES = 128
+_ROW_DTYPES = (torch.int32, torch.int32, torch.int32, torch.float32)
 # Answers begin at whole cache lines of a segment.
 _LINE = 64
 
@@ -73,6 +78,8 @@ def encode_call(
     reply_dtype: what the partial sums come back in.
     segment: where the hidden states go and the answer is to come, `segment_bytes` long or more; None: with the message
     """
+    if segment is None and (message := _write_ordinary(call, call_id, hidden_dtype, reply_dtype)) is not None:
+        return message
     head = pb.ForwardRequest(call_id=call_id, layer=call.layer, reply_dtype=wire_dtype(reply_dtype))
     if isinstance(call, NodeCall):
         for share in call.shares:
@@ -149,6 +156,11 @@ def encode_failure(call_id: int, error: Exception) -> bytes:
 
 def decode_partial(data: bytes, shared: SharedBytes | None = None) -> WireReply:
     """Read a ForwardReply, copying what lies in shared memory. Raises RequestError for bytes that are none."""
+    numbers, values = np.empty(3, np.int64), np.empty(len(data) // 4, np.float32)
+    if compiled_reader()(np.frombuffer(data, np.uint8), values, numbers):
+        call_id, num_tokens, width = numbers.tolist()
+        partial_TH = torch.from_numpy(values[: num_tokens * width].reshape(num_tokens, width))
+        return WireReply(call_id=call_id, partial_TH=partial_TH)
     head, body = open_frame(pb.ForwardReply, data, "partial")
     if not head.HasField("failure"):
         return WireReply(call_id=head.call_id, partial_TH=decode_tensor(body, "partial", shared).float())
@@ -160,6 +172,48 @@ def decode_partial(data: bytes, shared: SharedBytes | None = None) -> WireReply:
     elif head.failure.code == INVALID_ARGUMENT:
         failure = RequestError(message)
     return WireReply(call_id=head.call_id, error=failure)
+
+
+@cache
+def compiled_writer() -> Callable[..., int]:
+    """What writes ordinary calls; the first call compiles it."""
+    # Loads LLVM, which whoever only answers does not need.
+    from experts.wire._numba.write_call import compile_write_call
+
+    return compile_write_call()
+
+
+@cache
+def compiled_reader() -> Callable[..., bool]:
+    """What reads ordinary answers; the first call compiles it."""
+    # Loads LLVM, which whoever only answers does not need.
+    from experts.wire._numba.read_partial import compile_read_partial
+
+    return compile_read_partial()
+
+
+def _write_ordinary(
+    call: ExpertCall | NodeCall, call_id: int, hidden_dtype: torch.dtype | None, reply_dtype: torch.dtype
+) -> bytes | None:
+    """The message of a call in float32 on the CPU; None for any other."""
+    hidden_TH = call.hidden_TH
+    if (
+        isinstance(call, NodeCall)
+        or hidden_dtype not in (None, torch.float32)
+        or reply_dtype is not torch.float32
+        or hidden_TH.dtype is not torch.float32
+        or hidden_TH.is_cuda
+        or not hidden_TH.numel()
+    ):
+        return None
+    rows = (call.expert_ids_S, call.offsets_S1, call.token_rows_R, call.weights_R)
+    if any(each.dtype is not dtype for each, dtype in zip(rows, _ROW_DTYPES, strict=True)):
+        return None
+    message = np.empty(hidden_TH.nbytes + sum(each.nbytes for each in rows) + _FRAME_BYTES, np.uint8)
+    size = compiled_writer()(
+        call_id, call.layer, hidden_TH.detach().contiguous().numpy(), *(each.numpy() for each in rows), message
+    )
+    return message[:size].tobytes()
 
 
 def _raw(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:

@@ -72,11 +72,20 @@ class LocalStream(MessageStream):
                 raise self._error
 
     def _take(self) -> None:
-        (size,) = _LENGTH.unpack(self._bytes(_LENGTH.size))
-        message = bytes(self._bytes(size))
+        message = self._message()
         with self._changed:
             self._unanswered_bytes -= self._unanswered.popleft()
         self._receive(message)
+
+    def _message(self) -> bytes:
+        if not self._input:
+            # Most arrive whole, and alone.
+            received = self._receive_some()
+            if len(received) >= _LENGTH.size and _LENGTH.unpack_from(received)[0] == len(received) - _LENGTH.size:
+                return received[_LENGTH.size :]
+            self._input += received
+        (size,) = _LENGTH.unpack(self._bytes(_LENGTH.size))
+        return bytes(self._bytes(size))
 
 
 class LocalServer:

@@ -114,13 +114,17 @@ class MessageStream(ABC):
     def _bytes(self, size: int) -> bytearray:
         """The next `size` bytes."""
         while len(self._input) < size:
-            received = self._socket.recv(max(_READ_BYTES, size - len(self._input)))
-            if not received:
-                raise StreamClosed("UNAVAILABLE: the connection was closed by the peer")
-            self._input += received
+            self._input += self._receive_some(size - len(self._input))
         taken = self._input[:size]
         del self._input[:size]
         return taken
+
+    def _receive_some(self, wanted: int = 0) -> bytes:
+        """What has arrived, or the first of what will."""
+        received = self._socket.recv(max(_READ_BYTES, wanted))
+        if not received:
+            raise StreamClosed("UNAVAILABLE: the connection was closed by the peer")
+        return received
 
 
 def _left(until: float | None) -> float | None:

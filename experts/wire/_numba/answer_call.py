@@ -15,92 +15,30 @@ import numpy as np
 from numba import types
 
 from experts.ops._numba.expert_mlp import compile_expert_mlp
-from experts.ops._numba.object_cache import compiled, part
+from experts.ops._numba.object_cache import compiled
 from experts.ops._numba.unpermute import compile_unpermute
 from experts.ops.packed_matmul import ROWS_A_READ
+from experts.wire._numba.fields import (
+    CALL_ID,
+    FLOAT32,
+    HIDDEN,
+    IDS,
+    LAYER,
+    OFFSETS,
+    PARTIAL,
+    REPLY_DTYPE,
+    ROWS,
+    WEIGHTS,
+    read_fields,
+    read_matrix,
+    read_values,
+    write_matrix,
+    write_number,
+)
 
-# Fields of ForwardRequest, and of a Tensor.
-_CALL_ID, _LAYER, _IDS, _OFFSETS, _ROWS, _WEIGHTS, _REPLY_DTYPE, _HIDDEN = 1, 2, 3, 4, 5, 6, 7, 15
-_DTYPE, _SHAPE, _DATA = 1, 2, 15
-_FLOAT32 = 1
-_VARINT, _LENGTH = 0, 2
-_TAG_BYTES = 5
-_TAG_1, _TAG_2, _TAG_15 = 1 << 3, 2 << 3 | _LENGTH, 15 << 3 | _LENGTH
-# The fields of an ordinary call and of its hidden states, a bit each: numbers, and fields that have a length.
-_CALL_NUMBERS = 1 << _CALL_ID | 1 << _LAYER | 1 << _REPLY_DTYPE
-_CALL_CONTENTS = 1 << _IDS | 1 << _OFFSETS | 1 << _ROWS | 1 << _WEIGHTS | 1 << _HIDDEN
-_TENSOR_NUMBERS, _TENSOR_CONTENTS = 1 << _DTYPE, 1 << _SHAPE | 1 << _DATA
-
-
-@part(())
-def _read_varint(message: Any, position: Any, end: Any) -> Any:
-    """(value, position after it); (-1, ...) where it is cut off or of more than 56 bits."""
-    value, shift = np.int64(0), 0
-    while position < end and shift < 56:
-        byte = np.int64(message[position])
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-    return np.int64(-1), position
-
-
-@part(())
-def _read_fields(message: Any, position: Any, end: Any, numbers: Any, contents: Any, values: Any, ends: Any) -> Any:
-    """Numbers, or where contents start, to `values[field]`, where contents end to `ends[field]`.
-
-    False for any other field, one that comes twice, and what is no protobuf; values of absent fields stay.
-    """
-    seen = np.int64(0)
-    while position < end:
-        tag, after = _read_varint(message, position, end)
-        field = tag >> 3
-        if tag < 0 or after - position > _TAG_BYTES or field > 15 or seen >> field & 1:
-            return False
-        position = after
-        seen |= np.int64(1) << field
-        value, position = _read_varint(message, position, end)
-        if value < 0:
-            return False
-        values[field] = value
-        if tag & 7 == _VARINT and numbers >> field & 1:
-            continue
-        if tag & 7 != _LENGTH or not contents >> field & 1 or value > end - position:
-            return False
-        values[field], ends[field] = position, position + value
-        position += value
-    return True
-
-
-@part(())
-def _copy(message: Any, values: Any, ends: Any, field: Any, out: Any) -> Any:
-    """A field's content to the start of `out`; how many values of four bytes, -1 where it is not whole or too long."""
-    start, size = values[field], ends[field] - values[field]
-    if size % 4 or size > len(out):
-        return np.int64(-1)
-    for i in range(size):
-        out[i] = message[start + i]
-    return size // 4
-
-
-@part(())
-def _write_varint(message: Any, position: Any, value: Any) -> Any:
-    while value > 0x7F:
-        message[position] = value & 0x7F | 0x80
-        value >>= 7
-        position += 1
-    message[position] = value
-    return position + 1
-
-
-@part(())
-def _varint_bytes(value: Any) -> Any:
-    size = 1
-    while value > 0x7F:
-        value >>= 7
-        size += 1
-    return size
+# The fields of an ordinary call, a bit each: numbers, and fields that have a length.
+_NUMBERS = 1 << CALL_ID | 1 << LAYER | 1 << REPLY_DTYPE
+_CONTENTS = 1 << IDS | 1 << OFFSETS | 1 << ROWS | 1 << WEIGHTS | 1 << HIDDEN
 
 
 @cache
@@ -145,33 +83,24 @@ def compile_answer_call(
     ) -> Any:
         # An absent field is 0, or empty.
         values, ends = np.zeros(16, np.int64), np.zeros(16, np.int64)
-        if not _read_fields(request, 0, len(request), _CALL_NUMBERS, _CALL_CONTENTS, values, ends):
+        if not read_fields(request, 0, len(request), _NUMBERS, _CONTENTS, values, ends):
             return 0
-        call_id, layer = values[_CALL_ID], values[_LAYER]
-        if values[_REPLY_DTYPE] > _FLOAT32 or layer >= len(experts):
+        call_id, layer = values[CALL_ID], values[LAYER]
+        if values[REPLY_DTYPE] > FLOAT32 or layer >= len(experts):
             return 0
-        tensor, tensor_ends = np.zeros(16, np.int64), np.zeros(16, np.int64)
-        if not _read_fields(
-            *(request, values[_HIDDEN], ends[_HIDDEN], _TENSOR_NUMBERS, _TENSOR_CONTENTS, tensor, tensor_ends)
-        ):
+        shape = np.empty(2, np.int64)
+        if not read_matrix(request, values[HIDDEN], ends[HIDDEN], hidden.reshape(-1), shape):
             return 0
-        if tensor[_DTYPE] != _FLOAT32:
+        num_tokens = shape[0]
+        if shape[1] != hidden.shape[1]:
             return 0
-        num_tokens, position = _read_varint(request, tensor[_SHAPE], tensor_ends[_SHAPE])
-        width, position = _read_varint(request, position, tensor_ends[_SHAPE])
-        hidden_size = hidden.shape[1]
-        if position != tensor_ends[_SHAPE] or width != hidden_size or num_tokens < 1 or num_tokens > len(hidden):
-            return 0
-        if _copy(request, tensor, tensor_ends, _DATA, hidden.reshape(-1).view(np.uint8)) != num_tokens * width:
-            return 0
-
-        num_experts = _copy(request, values, ends, _IDS, ids.view(np.uint8))
-        num_rows = _copy(request, values, ends, _ROWS, token_rows.view(np.uint8))
+        num_experts = read_values(request, values, ends, IDS, ids)
+        num_rows = read_values(request, values, ends, ROWS, token_rows)
         if num_experts < 1 or num_rows < 1 or num_rows + ROWS_A_READ * num_experts > most_work:
             return 0
-        if _copy(request, values, ends, _OFFSETS, offsets.view(np.uint8)) != num_experts + 1:
+        if read_values(request, values, ends, OFFSETS, offsets) != num_experts + 1:
             return 0
-        if _copy(request, values, ends, _WEIGHTS, weights.view(np.uint8)) != num_rows:
+        if read_values(request, values, ends, WEIGHTS, weights) != num_rows:
             return 0
         if offsets[0] != 0 or offsets[num_experts] != num_rows:
             return 0
@@ -200,25 +129,7 @@ def compile_answer_call(
         partial[:num_tokens] = 0
         unpermute(out, token_rows[:num_rows], weights, partial)
 
-        data_bytes = num_tokens * hidden_size * 4
-        shape_bytes = _varint_bytes(num_tokens) + _varint_bytes(hidden_size)
-        tensor_bytes = 2 + 2 + shape_bytes + 1 + _varint_bytes(data_bytes) + data_bytes
-        position = 0
-        if call_id:
-            reply[0] = _TAG_1
-            position = _write_varint(reply, 1, call_id)
-        reply[position] = _TAG_15
-        position = _write_varint(reply, position + 1, tensor_bytes)
-        reply[position], reply[position + 1] = _TAG_1, _FLOAT32
-        reply[position + 2], reply[position + 3] = _TAG_2, shape_bytes
-        position = _write_varint(reply, position + 4, num_tokens)
-        position = _write_varint(reply, position, hidden_size)
-        reply[position] = _TAG_15
-        position = _write_varint(reply, position + 1, data_bytes)
-        data = partial.reshape(-1).view(np.uint8)
-        for i in range(data_bytes):
-            reply[position + i] = data[i]
-        return position + data_bytes
+        return write_matrix(reply, write_number(reply, 0, CALL_ID, call_id), PARTIAL, partial[:num_tokens])
 
     floats, ints, numbers = types.float32[:, ::1], types.int32[::1], types.float32[::1]
     signature = types.int64(
