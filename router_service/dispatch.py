@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +67,52 @@ class DispatchPlan:
     tokens_per_expert_E: npt.NDArray[np.int64]
 
 
+class SplitRows(NamedTuple):
+    """What `compile_split_rows` fills."""
+
+    weights_R: npt.NDArray[np.float32]
+    token_rows_R: IntArray
+    experts_R: IntArray
+    offsets_RG: IntArray
+    tokens_R: IntArray
+    shares_G3: npt.NDArray[np.int64]
+    rows_E: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, index: SlotIndex, num_rows: int) -> SplitRows:
+        """To be filled with `num_rows` rows."""
+        num_groups = len(index.group_bounds_G1) - 1
+        return cls(
+            np.empty(num_rows, np.float32),
+            np.empty(num_rows, np.int32),
+            np.empty(num_rows, np.int32),
+            np.empty(num_rows + num_groups, np.int32),
+            np.empty(num_rows, np.int32),
+            np.empty((num_groups, 3), np.int64),
+            np.zeros(index.num_experts, np.int64),
+        )
+
+    def parts(self, layer: int) -> tuple[GroupPart, ...]:
+        """Each group's, of those that have rows."""
+        parts = []
+        row = expert = offset = token = 0
+        for group, (rows, experts, tokens) in enumerate(self.shares_G3.tolist()):
+            if rows:
+                parts.append(
+                    GroupPart(
+                        group=group,
+                        layer=layer,
+                        tokens_T=self.tokens_R[token : token + tokens] if tokens else None,
+                        expert_ids_S=self.experts_R[expert : expert + experts],
+                        offsets_S1=self.offsets_RG[offset : offset + experts + 1],
+                        token_rows_R=self.token_rows_R[row : row + rows],
+                        weights_R=self.weights_R[row : row + rows],
+                    )
+                )
+                row, expert, offset, token = row + rows, expert + experts, offset + experts + 1, token + tokens
+        return tuple(parts)
+
+
 def plan_dispatch(
     index: SlotIndex,
     layer: int,
@@ -112,17 +159,12 @@ def _plan(
     slot_R: IntArray,
 ) -> tuple[tuple[GroupPart, ...], npt.NDArray[np.int64]]:
     """Parts, and each expert's rows. For arguments that may be empty see `compile_split_rows`."""
-    num_rows, num_groups = len(expert_R), len(index.group_bounds_G1) - 1
-    weights_R = np.empty(num_rows, np.float32)
-    token_rows_R, experts_R, tokens_R = (np.empty(num_rows, np.int32) for _ in range(3))
-    offsets_RG = np.empty(num_rows + num_groups, np.int32)
-    shares_G3 = np.empty((num_groups, 3), np.int64)
-    rows_E = np.zeros(index.num_experts, np.int64)
+    split = SplitRows.of(index, len(expert_R))
     try:
         compiled_split_rows()(
             *(expert_R, weight_R, token_R, np.ascontiguousarray(slot_R, np.int32), num_tokens),
             *(index.slots_of_expert_EJ, index.num_slots_E, index.expert_of_slot_S, index.group_bounds_G1),
-            *(weights_R, token_rows_R, experts_R, offsets_RG, tokens_R, shares_G3, rows_E),
+            *split,
         )
     except IndexError:
         raise RequestError(
@@ -130,23 +172,7 @@ def _plan(
             f"experts 0 to {index.num_experts - 1}",
             "expert_ids",
         ) from None
-    parts = []
-    row = expert = offset = token = 0
-    for group, (rows, experts, tokens) in enumerate(shares_G3.tolist()):
-        if rows:
-            parts.append(
-                GroupPart(
-                    group=group,
-                    layer=layer,
-                    tokens_T=tokens_R[token : token + tokens] if tokens else None,
-                    expert_ids_S=experts_R[expert : expert + experts],
-                    offsets_S1=offsets_RG[offset : offset + experts + 1],
-                    token_rows_R=token_rows_R[row : row + rows],
-                    weights_R=weights_R[row : row + rows],
-                )
-            )
-            row, expert, offset, token = row + rows, expert + experts, offset + experts + 1, token + tokens
-    return tuple(parts), rows_E
+    return split.parts(layer), split.rows_E
 
 
 @cache

@@ -19,9 +19,11 @@ from router_service.node_limit import NodeLimit
 from router_service.pending import Pending
 from router_service.placement import PlacementTable
 from router_service.replica_choice import ReplicaChoice
-from router_service.sender import Sender
+from router_service.sender import NodeFlight, Sender
+from router_service.small_batches import SmallBatches
 from router_service.table_view import TableBoard, TableView
 from router_service.transport.base import Transport
+from router_service.transport.grpc_stream import GrpcTransport
 
 NodeLimitMode = Literal["exact", "restrict"]
 
@@ -63,6 +65,9 @@ class Router:
         self._board = TableBoard()
         self.replicas = ReplicaChoice()
         self._sender = Sender(transport, self.replicas, self.counters, node)
+        self._small: SmallBatches | None = None
+        if isinstance(transport, GrpcTransport) and max_nodes_per_token is None:
+            self._small = SmallBatches(transport, gates, self.replicas, self.counters, node)
         self._failover = Failover(
             self._board,
             self.replicas,
@@ -107,6 +112,11 @@ class Router:
             known = ", ".join(map(str, sorted(self._gates))) or "none"
             raise RequestError(f"layer {layer} has no gate here; layers with a gate: {known}", "layer")
         _check_hidden(hidden_TH)
+        if self._small is not None and timeout_s is None:
+            dispatched = time.monotonic()
+            flights = self._small.send(self._view(), layer, hidden_TH)
+            if flights is not None:
+                return self._pending(flights, hidden_TH, dispatched, math.inf)
         limit: ChoiceLimit | None = None
         if self._restrict and self._max_nodes_per_token is not None:
             limit = NodeLimit(self._view().held_by_nodes(layer), self._max_nodes_per_token)
@@ -175,8 +185,13 @@ class Router:
         cover = view.cover(layer, avoid, self._node) if self._max_nodes_per_token is not None else None
         plan = plan_dispatch(view.slots(layer, avoid), layer, expert_ids_TK, weights_TK, cover)
         self.counters.batch(layer, plan.num_tokens, plan.tokens_per_expert_E)
+        return self._pending(
+            self._sender.send_all(view, plan.parts, hidden_TH, timeout_s), hidden_TH, dispatched, until
+        )
+
+    def _pending(self, flights: list[NodeFlight], hidden_TH: torch.Tensor, dispatched: float, until: float) -> Pending:
         return Pending(
-            self._sender.send_all(view, plan.parts, hidden_TH, timeout_s),
+            flights,
             hidden_TH,
             self._sender,
             self._failover,

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 import grpc
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from experts.errors import ExpertNotResident, MeshError, RequestError, SegmentUnreachable
@@ -106,7 +108,14 @@ class _Connection:
         """The peer is on another machine after all."""
         self._same_machine = False
 
-    def send(self, call_id: int, message: bytes, segment: Segment | None, resend: Callable[[], Reply]) -> Reply:
+    def send(
+        self,
+        call_id: int,
+        message: bytes | memoryview,
+        segment: Segment | None = None,
+        resend: Callable[[], Reply] | None = None,
+    ) -> Reply:
+        """resend: asks again without shared memory, where there is a `segment`"""
         self._wanted.add(call_id)
         if segment is not None:
             self._lent[call_id] = segment
@@ -148,14 +157,14 @@ class _Connection:
 
 
 class _StreamReply:
-    def __init__(self, connection: _Connection, call_id: int, resend: Callable[[], Reply]) -> None:
+    def __init__(self, connection: _Connection, call_id: int, resend: Callable[[], Reply] | None) -> None:
         self._connection = connection
         self._call_id = call_id
         self._resend = resend
 
     def result(self, timeout_s: float | None = None) -> torch.Tensor:
         reply = self._connection.wait(self._call_id, timeout_s)
-        if isinstance(reply.error, SegmentUnreachable):
+        if isinstance(reply.error, SegmentUnreachable) and self._resend is not None:
             self._connection.not_shared()
             return self._resend().result(timeout_s)
         return _partial(reply)
@@ -246,6 +255,19 @@ class ExpertClient:
         if timeout_s is not None:
             return connection.request(message, timeout_s)
         return connection.send(call_id, message, segment, lambda: self.send(name, address, call))
+
+    @staticmethod
+    def sends_inline(num_bytes: int) -> bool:
+        """Whether float32 hidden states of so many bytes never go through shared memory."""
+        return 2 * num_bytes < _SHARED_BYTES
+
+    def call_ids(self, count: int) -> npt.NDArray[np.int64]:
+        """For as many messages of `send_message`."""
+        return np.array([next(self._call_ids) for _ in range(count)])
+
+    def send_message(self, name: str, address: str, call_id: int, message: memoryview) -> Reply:
+        """As `send` does, a ForwardRequest without shared memory; it is not needed after."""
+        return self._connection(name, address).send(call_id, message)
 
     def drop(self, name: str, reason: str) -> None:
         """Close the connection to `name`; whatever it owes fails with `reason`."""

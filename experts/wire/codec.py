@@ -32,6 +32,7 @@ MAX_EXPERTS = 65536
 INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, INTERNAL = 3, 5, 9, 13
 # What surrounds the numbers of a message without shared memory is shorter.
 _FRAME_BYTES = 128
+_ALL = np.empty(0, np.int32)
 _ROW_DTYPES = (torch.int32, torch.int32, torch.int32, torch.float32)
 # Answers begin at whole cache lines of a segment.
 _LINE = 64
@@ -211,7 +212,8 @@ def _write_ordinary(
         return None
     message = np.empty(hidden_TH.nbytes + sum(each.nbytes for each in rows) + _FRAME_BYTES, np.uint8)
     size = compiled_writer()(
-        call_id, call.layer, hidden_TH.detach().contiguous().numpy(), *(each.numpy() for each in rows), message
+        *(call_id, call.layer, hidden_TH.detach().contiguous().numpy(), _ALL, *(each.numpy() for each in rows)),
+        message,
     )
     return message[:size].tobytes()
 

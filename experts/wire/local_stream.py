@@ -53,7 +53,7 @@ class LocalStream(MessageStream):
             connected.close()
         return None
 
-    def send(self, message: bytes) -> None:
+    def send(self, message: bytes | memoryview) -> None:
         size, framed = len(message) + _NOTES_BYTES, _LENGTH.pack(len(message)) + message
         with self._one_message:
             # A peer that waits for us to take its answer reads nothing.

@@ -51,7 +51,7 @@ def _softmax(values: Any) -> None:
 
 @cache
 def compile_choose_experts(
-    logits: Kind, *, score: str, weight: str, group_score: str | None, closed: float
+    logits: Kind, score: str, weight: str, group_score: str | None, closed: float
 ) -> Callable[..., None]:
     """The compiled gate; it runs without the GIL. For the words see `router_service.gating.compiled_gate.GateFormula`.
 

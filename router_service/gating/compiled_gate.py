@@ -12,7 +12,7 @@ from experts.ops.packed_matmul import PackedMatrix
 from router_service.gating.gate import ChoiceLimit, Gate, GateOutput
 
 # More are done with sooner by operators that share them among cores.
-_MOST_TOKENS = 64
+MOST_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,17 +38,24 @@ class GateFormula:
     topk_group: int = 1
     closed: float = float("-inf")
 
+    @property
+    def kind(self) -> tuple[tuple[str, bool], str, str, str | None, float]:
+        """What compiled code has to know."""
+        return self.logits.kind, self.score, self.weight, self.group_score, self.closed
+
 
 class CompiledGate:
-    """`gate`, which computes whatever is not a small batch in float32 on the CPU, and without a limit."""
+    """`gate`, which computes whatever is not a small batch in float32 on the CPU, and without a limit.
+
+    constants: what compiled code wants to know after the hidden states, see `compile_choose_experts`
+    """
 
     def __init__(self, gate: Gate, formula: GateFormula) -> None:
         # Loads LLVM, which a GPU's process does not need.
         from router_service._numba.choose_experts import compile_choose_experts
 
         self.gate = gate
-        self._formula = formula
-        self._columns = formula.logits.num_columns
+        self.formula = formula
         num_experts, bias_E = formula.logits.num_outputs, formula.bias_E
         # Compiled code looks at no bounds.
         assert formula.top_k <= num_experts
@@ -56,31 +63,32 @@ class CompiledGate:
         assert formula.topk_group <= formula.n_group
         assert formula.group_score != "best_two" or num_experts >= 2 * formula.n_group
         bias = np.zeros(num_experts, np.float32) if bias_E is None else bias_E.detach().float().contiguous().numpy()
-        self._layer = *(np.array([address]) for address in formula.logits.addresses()), len(formula.logits.panels), bias
-        self._numbers = formula.n_group, formula.topk_group, formula.scale, formula.epsilon
+        self.constants = (
+            *(*(np.array([address]) for address in formula.logits.addresses()), len(formula.logits.panels), bias),
+            *(formula.n_group, formula.topk_group, formula.scale, formula.epsilon),
+        )
         self._width = formula.logits.panels.shape[1]
-        self._run = compile_choose_experts(
-            formula.logits.kind,
-            score=formula.score,
-            weight=formula.weight,
-            group_score=formula.group_score,
-            closed=formula.closed,
+        self._run = compile_choose_experts(*formula.kind)
+
+    def takes(self, hidden_TH: torch.Tensor) -> bool:
+        """Whether a batch is for compiled code."""
+        num_tokens, width = hidden_TH.shape
+        return (
+            num_tokens <= MOST_TOKENS
+            and width == self._width
+            and hidden_TH.dtype is torch.float32
+            and hidden_TH.device.type == "cpu"
         )
 
     def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
-        num_tokens, width = hidden_TH.shape
-        if (
-            num_tokens > _MOST_TOKENS
-            or limit is not None
-            or width != self._width
-            or hidden_TH.dtype is not torch.float32
-            or hidden_TH.device.type != "cpu"
-        ):
+        if limit is not None or not self.takes(hidden_TH):
             return self.gate(hidden_TH, limit)
-        expert_ids_TK = torch.empty(num_tokens, self._formula.top_k, dtype=torch.int64)
-        weights_TK = torch.empty(num_tokens, self._formula.top_k)
+        num_tokens = len(hidden_TH)
+        expert_ids_TK = torch.empty(num_tokens, self.formula.top_k, dtype=torch.int64)
+        weights_TK = torch.empty(num_tokens, self.formula.top_k)
         self._run(
-            *(hidden_TH.detach().contiguous().numpy(), *self._layer, *self._numbers),
-            *(np.empty((num_tokens, self._columns), np.float32), expert_ids_TK.numpy(), weights_TK.numpy()),
+            *(hidden_TH.detach().contiguous().numpy(), *self.constants),
+            *(np.empty((num_tokens, self.formula.logits.num_columns), np.float32),),
+            *(expert_ids_TK.numpy(), weights_TK.numpy()),
         )
         return GateOutput(expert_ids_TK, weights_TK)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from experts.node_call import NodeCall
@@ -54,10 +56,26 @@ class GrpcTransport:
 
     def __init__(self, wire_dtype: WireDtype = "model") -> None:
         hidden_dtype, reply_dtype = _DTYPES[wire_dtype]
+        self._is_plain = wire_dtype == "model"
         self._client = ExpertClient(hidden_dtype=hidden_dtype, reply_dtype=reply_dtype)
 
     def send(self, replica: GroupReplica, call: ExpertCall, timeout_s: float | None = None) -> _Reply:
         return self._send(replica, call, timeout_s)
+
+    def takes_message(self, num_bytes: int) -> bool:
+        """Whether hidden states of so many bytes travel as `send_message` sends them."""
+        return self._is_plain and self._client.sends_inline(num_bytes)
+
+    def call_ids(self, count: int) -> npt.NDArray[np.int64]:
+        """For the messages of as many calls."""
+        return self._client.call_ids(count)
+
+    def send_message(self, replica: GroupReplica, call_id: int, message: memoryview) -> _Reply:
+        """As `send` does, a call in float32 that is a message already."""
+        try:
+            return _Reply(self._client.send_message(replica.replica, replica.address, call_id, message))
+        except CallFailed as error:
+            raise TransportError(str(error)) from error
 
     def send_node(self, replicas: Sequence[GroupReplica], call: NodeCall, timeout_s: float | None = None) -> _Reply:
         return self._send(relay_of(replicas, call), call, timeout_s)

@@ -1,7 +1,10 @@
+import dataclasses
+
 import pytest
 import torch
 
 from experts.errors import ExpertNotResident, RequestError
+from experts.server import ExpertServer
 from router_service.placement import GroupReplica, PlacementTable, balanced
 from router_service.transport.in_process import InProcessTransport
 
@@ -106,6 +109,35 @@ class Mesh:
         return hidden_TH, expert_ids_TK, torch.rand(num_tokens, top_k, generator=generator)
 
 
+class Servers:
+    """An ExpertServer for every group of a mesh."""
+
+    def __init__(self, mesh):
+        self.mesh, self.servers = mesh, {}
+
+    def table(self):
+        """The mesh's table with the address of each replica, started where it was not."""
+        replicas = []
+        for replica in self.mesh.table.replicas:
+            if replica.replica not in self.servers:
+                self.servers[replica.replica] = ExpertServer(self.mesh.groups[replica.replica])
+                self.servers[replica.replica].start()
+            address = self.servers[replica.replica].address
+            replicas.append(dataclasses.replace(replica, address=address))
+        return dataclasses.replace(self.mesh.table, replicas=tuple(replicas))
+
+    def stop(self):
+        for server in self.servers.values():
+            server.stop(0)
+
+
 @pytest.fixture
 def make_mesh():
     return Mesh
+
+
+@pytest.fixture
+def servers(mesh):
+    servers = Servers(mesh)
+    yield servers
+    servers.stop()

@@ -129,7 +129,7 @@ def compile_answer_call(
         partial[:num_tokens] = 0
         unpermute(out, token_rows[:num_rows], weights, partial)
 
-        return write_matrix(reply, write_number(reply, 0, CALL_ID, call_id), PARTIAL, partial[:num_tokens])
+        return write_matrix(reply, write_number(reply, 0, CALL_ID, call_id), PARTIAL, partial[:num_tokens], ids[:0])
 
     floats, ints, numbers = types.float32[:, ::1], types.int32[::1], types.float32[::1]
     signature = types.int64(

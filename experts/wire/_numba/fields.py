@@ -126,15 +126,25 @@ def write_values(message: Any, position: Any, field: Any, values: Any) -> Any:
 
 
 @part(())
-def write_matrix(message: Any, position: Any, field: Any, rows: Any) -> Any:
-    """A Tensor of float32 rows [T, H], T and H at least 1."""
-    data_bytes = rows.size * 4
-    shape_bytes = _varint_bytes(rows.shape[0]) + _varint_bytes(rows.shape[1])
+def write_matrix(message: Any, position: Any, field: Any, rows: Any, chosen: Any) -> Any:
+    """A Tensor of float32 rows [T, H], T and H at least 1: all rows, or the `chosen` where there are any."""
+    num_rows, row_bytes = len(chosen) or len(rows), rows.shape[1] * 4
+    data_bytes = num_rows * row_bytes
+    shape_bytes = _varint_bytes(num_rows) + _varint_bytes(rows.shape[1])
     message[position] = field << 3 | _LENGTH
     tensor_bytes = 2 + 2 + shape_bytes + 1 + _varint_bytes(data_bytes) + data_bytes
     position = _write_varint(message, position + 1, tensor_bytes)
     position = write_number(message, position, DTYPE, FLOAT32)
     message[position], message[position + 1] = SHAPE << 3 | _LENGTH, shape_bytes
-    position = _write_varint(message, position + 2, rows.shape[0])
+    position = _write_varint(message, position + 2, num_rows)
     position = _write_varint(message, position, rows.shape[1])
-    return write_values(message, position, DATA, rows.reshape(-1))
+    message[position] = DATA << 3 | _LENGTH
+    position = _write_varint(message, position + 1, data_bytes)
+    if len(chosen):
+        for i in range(num_rows):
+            copy_bytes(
+                message.ctypes.data + position + i * row_bytes, rows.ctypes.data + chosen[i] * row_bytes, row_bytes
+            )
+    else:
+        copy_bytes(message.ctypes.data + position, rows.ctypes.data, data_bytes)
+    return position + data_bytes

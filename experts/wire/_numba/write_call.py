@@ -32,12 +32,21 @@ from experts.wire._numba.fields import (
 def compile_write_call() -> Callable[..., int]:
     """The compiled writer, which returns the message's bytes; it runs without the GIL.
 
-    Arguments: call_id, layer; hidden float32 [T, H], neither 0; ids, offsets, token_rows int32, weights float32, as in
-    `experts.spec.ExpertCall`; message uint8, room for them all and 64 bytes.
+    Arguments: call_id, layer; hidden float32 [T, H], neither 0; tokens int32, the rows of it that are meant, below T,
+    none: all; ids, offsets, token_rows int32, weights float32, as in `experts.spec.ExpertCall`; message uint8, room for
+    them all and 128 bytes.
     """
 
     def write_call(
-        call_id: Any, layer: Any, hidden: Any, ids: Any, offsets: Any, token_rows: Any, weights: Any, message: Any
+        call_id: Any,
+        layer: Any,
+        hidden: Any,
+        tokens: Any,
+        ids: Any,
+        offsets: Any,
+        token_rows: Any,
+        weights: Any,
+        message: Any,
     ) -> Any:
         position = write_number(message, 0, CALL_ID, call_id)
         position = write_number(message, position, LAYER, layer)
@@ -46,10 +55,11 @@ def compile_write_call() -> Callable[..., int]:
         position = write_values(message, position, ROWS, token_rows)
         position = write_values(message, position, WEIGHTS, weights)
         position = write_number(message, position, REPLY_DTYPE, FLOAT32)
-        return write_matrix(message, position, HIDDEN, hidden)
+        return write_matrix(message, position, HIDDEN, hidden, tokens)
 
     ints = types.int32[::1]
     signature = types.int64(
-        *(types.int64, types.int64, types.float32[:, ::1], ints, ints, ints, types.float32[::1], types.uint8[::1])
+        *(types.int64, types.int64, types.float32[:, ::1], ints, ints, ints, ints),
+        *(types.float32[::1], types.uint8[::1]),
     )
     return compiled(write_call, signature, variant=())  # type: ignore[return-value]

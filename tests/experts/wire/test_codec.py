@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
+
 import numpy as np
 import pytest
 import torch
 
 from experts.errors import ExpertNotResident, MeshError, RequestError
 from experts.spec import ExpertCall
+from experts.wire import codec
 from experts.wire.codec import (
     MAX_EXPERTS,
     BadCall,
@@ -56,6 +60,44 @@ def test_bytes_are_ordinary_protobuf() -> None:
     got = decode_partial(reply.SerializeToString()).partial_TH
     assert got is not None
     torch.testing.assert_close(got, call.hidden_TH, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 70, 300])
+@pytest.mark.parametrize("call_id", [0, 1, 127, 128, 1 << 40])
+def test_compiled_code_writes_what_protobuf_does(tokens: int, call_id: int) -> None:
+    call = dataclasses.replace(make_call(), hidden_TH=torch.randn(tokens, 200))
+    for layer in (0, 300):
+        message = encode_call(dataclasses.replace(call, layer=layer), call_id)
+        assert message == pb.ForwardRequest.FromString(message).SerializeToString()
+    message = encode_partial(call_id, call.hidden_TH)
+    assert message == pb.ForwardReply.FromString(message).SerializeToString()
+
+
+def test_compiled_code_reads_what_protobuf_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = random.Random(5)
+    messages = [encode_partial(call_id, torch.randn(shape)) for call_id, shape in ((0, (1, 3)), (1 << 20, (5, 9)))]
+    messages += [encode_partial(3, torch.randn(2, 4), torch.bfloat16), encode_partial(3, torch.randn(0, 4))]
+    messages += [encode_failure(8, RequestError("no")), b""]
+    for message in messages[:2] * 400:
+        changed = bytearray(message)
+        for _ in range(generator.randrange(1, 3)):
+            changed[generator.randrange(min(14, len(changed)))] = generator.randrange(256)
+        messages.append(
+            bytes(changed[: generator.randrange(1, len(changed) + 1)] if generator.random() < 0.3 else changed)
+        )
+
+    def read(message: bytes) -> object:
+        try:
+            reply = decode_partial(message)
+        except RequestError as error:
+            return str(error)
+        shape = None if reply.partial_TH is None else reply.partial_TH.shape
+        values = None if reply.partial_TH is None else reply.partial_TH.numpy().tobytes()
+        return reply.call_id, shape, values, str(reply.error)
+
+    compiled = [read(message) for message in messages]
+    monkeypatch.setattr(codec, "compiled_reader", lambda: lambda *_: False)
+    assert compiled == [read(message) for message in messages]
 
 
 def test_float8_keeps_the_documented_error() -> None:

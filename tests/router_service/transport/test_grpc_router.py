@@ -1,47 +1,17 @@
 """The router over real ExpertServers: every wire dtype, every bundling, and a server that dies."""
 
-import dataclasses
-
 import pytest
 import torch
 
-from experts.server import ExpertServer
 from router_service.router import Router
 from router_service.transport.grpc_stream import GrpcTransport
 
 NODES = ["a", "a", "b", "b"]
 
 
-class Servers:
-    def __init__(self, mesh):
-        self.mesh, self.servers = mesh, {}
-
-    def table(self):
-        """The mesh's table with the address of each replica, started where it was not."""
-        replicas = []
-        for replica in self.mesh.table.replicas:
-            if replica.replica not in self.servers:
-                self.servers[replica.replica] = ExpertServer(self.mesh.groups[replica.replica])
-                self.servers[replica.replica].start()
-            address = self.servers[replica.replica].address
-            replicas.append(dataclasses.replace(replica, address=address))
-        return dataclasses.replace(self.mesh.table, replicas=tuple(replicas))
-
-    def stop(self):
-        for server in self.servers.values():
-            server.stop(0)
-
-
 @pytest.fixture
 def mesh(make_mesh):
     return make_mesh(hidden_size=256, nodes=NODES)
-
-
-@pytest.fixture
-def servers(mesh):
-    servers = Servers(mesh)
-    yield servers
-    servers.stop()
 
 
 @pytest.fixture
