@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from cluster.serving import attention, moe_block
 from cluster.serving.attention_batch import AttentionBatch
+from cluster.serving.compiled_mlp import compile_mlps
 from cluster.serving.compiled_norm import compile_norms
 from cluster.serving.grouped_query_decode import GroupedQueryDecode
 from cluster.serving.kv_cache import KVLayout
@@ -105,6 +106,7 @@ def load_skeleton(source: Checkpoint | str | Path, *, dtype: torch.dtype, device
         team = ThreadTeam(torch.get_num_threads())
         pack_linears(model, team)
         compile_norms(model)
+        compile_mlps(model, team)
         _compile_decode_steps(model, team)
     return ModelSkeleton(
         model,

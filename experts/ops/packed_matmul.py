@@ -69,6 +69,10 @@ class PackedMatrix:
         """Bytes that the weight takes, and that a product reads."""
         return self.panels.nbytes
 
+    def worth_sharing(self, num_rows: int) -> bool:
+        """Whether a product with so many rows pays for waking a second thread."""
+        return self.nbytes * (1 + num_rows / ROWS_A_READ) >= _SHARED_WORK
+
     @cached_property
     def product(self) -> _Product:
         """Compiled when it is first asked for, half a second for a dtype."""
@@ -124,8 +128,7 @@ def packed_matmul(matrix: PackedMatrix, rows_RI: torch.Tensor, team: ThreadTeam 
     num_rows, columns, product = rows_RI.shape[0], matrix.num_columns, matrix.product
     out_RP = torch.empty(num_rows, columns)
     starts = np.array([0, num_rows])
-    work = matrix.nbytes * (1 + num_rows / ROWS_A_READ)
-    pieces = 1 if team is None or work < _SHARED_WORK else team.num_threads
+    pieces = 1 if team is None or not matrix.worth_sharing(num_rows) else team.num_threads
 
     def run(piece: int) -> None:
         first, last = num_panels * piece // pieces, num_panels * (piece + 1) // pieces
