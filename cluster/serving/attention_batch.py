@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from cluster.serving.kv_cache import Arena, Slot
+
+Shapes = tuple[tuple[int, ...], ...]
+# Rows that one thread computes, and what compiled code needs to know of them.
+DecodePiece = tuple[slice, tuple[Any, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +115,7 @@ class PrefillSpan:
 class AttentionBatch:
     """The step's layout. `order` says which chunk comes where: chunks[order[0]] has the first rows.
 
+    decode_pieces: what `cluster.serving.decode_layer` prepares once for all layers that work in the same shapes
     seconds: time spent on attention so far
     """
 
@@ -126,6 +132,7 @@ class AttentionBatch:
         self.decode_groups: list[DecodeGroup] = []
         self.prefill_spans: list[PrefillSpan] = []
         self.num_tokens = 0
+        self.decode_pieces: dict[Shapes, list[DecodePiece]] = {}
         self.seconds = 0.0
         for key, members in singles.items():
             if members:

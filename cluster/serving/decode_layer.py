@@ -1,117 +1,148 @@
-"""Attention of a decode step as one call on the CPU.
+"""A decode step of a decoder layer as one call up to its MLP, on the CPU.
 
-At a step of one token a sequence, a family's own module spends its time between some thirty operators. Steps that also
-hold a prompt's tokens go through it as ever, but for short prompts where their tokens, one by one, are no more work.
+At a step of one token a sequence, a family's own modules spend their time between some forty operators. Steps that also
+hold a prompt's tokens go through them as ever, but for short prompts where their tokens, one by one, are no more work.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
-from cluster.serving.attention_batch import AttentionBatch
+from cluster.serving.attention_batch import AttentionBatch, DecodePiece, Shapes
+from cluster.serving.compiled_norm import CompiledNorm
 from cluster.serving.kv_cache import Arena
 from experts.ops.cpu_threads import ThreadTeam
-from experts.ops.packed_matmul import PackedMatrix
 
 # Rows of a step from which a second thread is worth waking.
 _SHARED_ROWS = 4
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-
-
-class DecodeRows(NamedTuple):
-    """Rows of a step whose sequences are in one arena, whose cache is `keys` and `values`."""
-
-    hidden_TH: Floats
-    cos_TD: Floats
-    sin_TD: Floats
-    keys: Floats
-    values: Floats
-    slots_T: Ints
-    positions_T: Ints
-    out_TP: Floats
+# Of so many rows the caller takes one more than its share: it has begun before the others are awake.
+_ROWS_AHEAD = 8
 
 
-class DecodeAttention(nn.Module, ABC):
-    """In place of a family's attention module, which it keeps for prompts.
+class DecodeLayer(nn.Module, ABC):
+    """In place of a family's decoder layer, which it keeps for prompts.
 
-    onto:     the output projection
-    rope_dim: how many numbers of a head turn
+    compiled:  writes hidden states after attention, and what the MLP gets; its arguments are a step's rows, the layer's
+               norms, `constants`, and what all layers of a step share, see `_pieces`
+    work:      the shapes of what it works in, but for the rows
+    rope_dim:  how many numbers of a head turn
     """
 
     # A prompt's tokens are taken one by one up to this position.
     most_prompt = 0
 
-    def __init__(self, attention: Any, onto: PackedMatrix, rope_dim: int, team: ThreadTeam) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        team: ThreadTeam,
+        *,
+        compiled: Callable[..., None],
+        constants: tuple[Any, ...],
+        work: Shapes,
+        rope_dim: int,
+    ) -> None:
         super().__init__()
-        self._rope_dim = rope_dim
-        self.attention = attention
-        self._onto = onto
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.layer = layer
+        self.mlp = layer.mlp
         self._team = team
+        self._compiled = compiled
+        self._constants = (
+            np.stack([norm.weight.numpy() for norm in norms]),
+            np.array([norm.variance_epsilon for norm in norms], np.float32),
+            *constants,
+        )
+        self._work = work
+        self._rope_dim = rope_dim
+        self._hidden_size = len(norms[0].weight)
 
+    @staticmethod
     @abstractmethod
-    def _compute(self, rows: DecodeRows) -> None:
-        """Write what the cache gets, and the output."""
+    def fits(layer: Any) -> bool:
+        """Whether a module's decode steps can be computed here."""
 
-    def _angles(self, position_embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    @staticmethod
+    @abstractmethod
+    def _caches(arena: Arena) -> tuple[torch.Tensor, ...]:
+        """What the compiled function reads and writes of an arena."""
+
+    @staticmethod
+    def _angles(position_embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [1, T, D] of what the model's rotary embedding returned."""
         cos, sin = position_embeddings
         return cos, sin
 
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, None]:
-        """hidden_states: float32 [1, T, H]; for the rest see transformers' attention modules."""
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """hidden_states: float32 [1, T, H], same shape back; for the rest see transformers' decoder layers."""
         batch: AttentionBatch = arguments["attention_batch"]
-        pieces = [*self._pieces(batch)]
-        # A prompt is one thread's from projection to projection: there have to be enough for all threads.
-        if batch.prefill_spans and (
-            len(pieces) < self._team.num_threads or any(span.end > self.most_prompt for span in batch.prefill_spans)
-        ):
-            output: tuple[torch.Tensor, None] = self.attention(
-                hidden_states=hidden_states, team=self._team, **arguments
-            )
+        pieces = batch.decode_pieces.get(self._work)
+        if pieces is None:
+            pieces = batch.decode_pieces[self._work] = self._pieces(batch, arguments["position_embeddings"])
+        if not pieces:
+            output: torch.Tensor = self.layer(hidden_states, team=self._team, **arguments)
             return output
         started = time.perf_counter()
-        hidden_TH = hidden_states[0].contiguous().numpy()
-        cos_TD, sin_TD = (each[0].contiguous().numpy() for each in self._angles(arguments["position_embeddings"]))
-        assert cos_TD.shape[1] >= self._rope_dim // 2  # compiled code looks at no bounds
-        out_TP = torch.empty(len(hidden_TH), self._onto.num_columns)
-        out = out_TP.numpy()
+        assert hidden_states.shape == (1, batch.num_tokens, self._hidden_size)  # compiled code looks at no bounds
+        both_21TH = torch.empty(2, *hidden_states.shape)
+        hidden_TH, (residual_TH, mlp_in_TH) = hidden_states[0].contiguous().numpy(), both_21TH.numpy()[:, 0]
+        compiled, constants = self._compiled, self._constants
 
         def run(index: int) -> None:
-            arena, rows, slots_T, positions_T = pieces[index]
-            self._compute(
-                DecodeRows(
-                    *(hidden_TH[rows], cos_TD[rows], sin_TD[rows], arena.key.numpy(), arena.value.numpy()),
-                    *(slots_T, positions_T, out[rows]),
-                )
-            )
+            rows, shared = pieces[index]
+            compiled(hidden_TH[rows], residual_TH[rows], mlp_in_TH[rows], *constants, *shared)
 
         self._team.run(run, len(pieces))
         batch.seconds += time.perf_counter() - started
-        return out_TP[:, : self._onto.num_outputs].unsqueeze(0), None
+        residual_1TH, mlp_in_1TH = both_21TH.unbind()
+        return residual_1TH.add_(self.mlp(mlp_in_1TH))
 
-    def _pieces(self, batch: AttentionBatch) -> Iterator[tuple[Arena, slice, Ints, Ints]]:
+    def _pieces(self, batch: AttentionBatch, position_embeddings: Any) -> list[DecodePiece]:
+        """What a thread computes at a time: which rows, and their cosines, sines, caches, slots, positions and work.
+
+        Nothing for steps that are the family's: a prompt is one thread's, so there have to be enough for all threads.
+        """
+        parts = [*self._parts(batch)]
+        if batch.prefill_spans and (
+            len(parts) < self._team.num_threads or any(span.end > self.most_prompt for span in batch.prefill_spans)
+        ):
+            return []
+        cos_TD, sin_TD = (each[0].contiguous().numpy() for each in self._angles(position_embeddings))
+        assert cos_TD.shape[1] >= self._rope_dim // 2  # compiled code looks at no bounds
+        return [
+            (
+                rows,
+                (
+                    *(cos_TD[rows], sin_TD[rows], *(cache.numpy() for cache in self._caches(arena))),
+                    *(slots_T.numpy(), positions_T.numpy()),
+                    *(np.empty((len(slots_T), *shape), np.float32) for shape in self._work),
+                ),
+            )
+            for arena, rows, slots_T, positions_T in parts
+        ]
+
+    def _parts(self, batch: AttentionBatch) -> Iterator[tuple[Arena, slice, torch.Tensor, torch.Tensor]]:
         """Rows that a thread computes, in order: whose cache, which rows, their slots and positions."""
         for group in batch.decode_groups:
-            slots_B, positions_B = group.slots_B.numpy(), group.positions_B.numpy()
             shares = self._team.num_threads if group.num_rows >= _SHARED_ROWS else 1
-            for share in range(shares):
-                rows = slice(group.num_rows * share // shares, group.num_rows * (share + 1) // shares)
-                yield (
-                    group.arena,
-                    slice(group.start + rows.start, group.start + rows.stop),
-                    slots_B[rows],
-                    positions_B[rows],
-                )
+            ahead = group.num_rows // _ROWS_AHEAD if shares > 1 else 0
+            ends = [0, *(ahead + (group.num_rows - ahead) * share // shares for share in range(1, shares + 1))]
+            for first, last in itertools.pairwise(ends):
+                rows = slice(group.start + first, group.start + last)
+                yield group.arena, rows, group.slots_B[first:last], group.positions_B[first:last]
         for span in batch.prefill_spans:  # whole: a token looks at those before it
-            positions_T = np.arange(span.begin, span.end)
-            yield span.slot.arena, slice(span.start, span.stop), np.full_like(positions_T, span.slot.index), positions_T
+            positions_T = torch.arange(span.begin, span.end)
+            slots_T = torch.full_like(positions_T, span.slot.index)
+            yield span.slot.arena, slice(span.start, span.stop), slots_T, positions_T
+
+
+def has_compiled_norms(layer: Any) -> bool:
+    """Whether the norms before and after attention are those that compiled functions compute."""
+    return isinstance(layer.input_layernorm, CompiledNorm) and isinstance(layer.post_attention_layernorm, CompiledNorm)

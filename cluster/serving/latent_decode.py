@@ -1,69 +1,83 @@
-"""Multi-head latent attention of a decode step on the CPU."""
+"""A decode step of a layer with multi-head latent attention on the CPU."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from cluster.serving.decode_attention import DecodeAttention, DecodeRows
+from cluster.serving.decode_layer import DecodeLayer, has_compiled_norms
+from cluster.serving.kv_cache import Arena
 from cluster.serving.packed_linear import PackedLinear, can_join, join_layers
 from experts.ops.cpu_threads import ThreadTeam
 from experts.ops.packed_matmul import pack_exactly
 
-# Families whose attention is exactly this; they differ in how they turn pairs.
-_FAMILIES = {"DeepseekV2Attention", "DeepseekV3Attention"}
+if TYPE_CHECKING:
+    from cluster.serving._numba.norm_and_rope import Rope
+
+# Families whose layers are exactly this; they differ in how they turn pairs.
+_FAMILIES = {"DeepseekV2DecoderLayer", "DeepseekV3DecoderLayer"}
 
 
-class LatentDecode(DecodeAttention):
-    """See DecodeAttention, and `cluster.serving.latent_attention` for what is absorbed."""
+class LatentDecode(DecodeLayer):
+    """See DecodeLayer, and `cluster.serving.latent_attention` for what is absorbed."""
 
-    def __init__(self, attention: Any, team: ThreadTeam) -> None:
-        super().__init__(attention, attention.o_proj.matrix, attention.qk_rope_head_dim, team)
+    def __init__(self, layer: Any, team: ThreadTeam) -> None:
         # Loads LLVM, which a GPU's process does not need.
         from cluster.serving._numba.latent_decode import compile_latent_decode
 
+        attention = layer.self_attn
         heads, rank, rope_dim = attention.num_heads, attention.kv_lora_rank, attention.qk_rope_head_dim
         nope, value_dim = attention.qk_nope_head_dim, attention.v_head_dim
         compressed = attention.q_lora_rank is not None
         latent = attention.latent_projections
         into = join_layers(attention.q_a_proj if compressed else attention.q_proj, attention.kv_a_proj_with_mqa)
-        queries = attention.q_b_proj.matrix if compressed else into
+        queries, onto = attention.q_b_proj.matrix if compressed else into, attention.o_proj.matrix
         absorb = pack_exactly(latent.up_key_HNR.transpose(1, 2).reshape(-1, nope))
         expand = pack_exactly(latent.up_value_HRV.transpose(1, 2).reshape(-1, rank))
-        self._held = matrices = [into, queries, absorb, expand, self._onto]
+        matrices = [into, queries, absorb, expand, onto]
         # Each head's part of a matrix, panel by panel; `heads` times the whole where it has none.
         parts = [1, 1, heads, heads, 1]
-        self._panels = np.array([len(matrix.panels) // of for matrix, of in zip(matrices, parts, strict=True)])
-        self._addresses = np.array([matrix.addresses() for matrix in matrices])[:, :, None].repeat(heads, axis=2)
+        panels = np.array([len(matrix.panels) // of for matrix, of in zip(matrices, parts, strict=True)])
+        addresses = np.array([matrix.addresses() for matrix in matrices])[:, :, None].repeat(heads, axis=2)
         for number in (2, 3):
-            self._addresses[number, 0] += np.arange(heads) * (matrices[number].nbytes // heads)
+            addresses[number, 0] += np.arange(heads) * (matrices[number].nbytes // heads)
         norm = attention.kv_a_layernorm
         query_norm = attention.q_a_layernorm if compressed else norm
-        self._norms = query_norm.weight.numpy(), norm.weight.numpy()
-        self._epsilons = np.array([query_norm.variance_epsilon, norm.variance_epsilon], np.float32)
-        self._layer: int = attention.layer_idx
-        self._scale: float = attention.scaling
-        self._complex_angles = type(attention).__name__ == "DeepseekV2Attention"
-        self._compressed = compressed
-        self._work = (heads, rank + rope_dim), (heads, rank), (heads * value_dim,)
-        self._compiled = compile_latent_decode(
+        compiled = compile_latent_decode(
             heads=heads,
             nope=nope,
             rope_dim=rope_dim,
             rank=rank,
             value_dim=value_dim,
             query_rank=attention.q_lora_rank or 0,
-            rope=self._rope(attention),
+            rope=_rope(layer),
             kinds=tuple(matrix.kind for matrix in matrices),
         )
+        super().__init__(
+            layer,
+            team,
+            compiled=compiled,
+            constants=(
+                *(query_norm.weight.numpy(), norm.weight.numpy()),
+                np.array([query_norm.variance_epsilon, norm.variance_epsilon], np.float32),
+                *(addresses, panels, attention.layer_idx, attention.scaling),
+            ),
+            work=(
+                *((into.num_columns,), (queries.num_columns if compressed else 0,)),
+                *((heads, rank + rope_dim), (heads, rank), (heads * value_dim,), (onto.num_columns,)),
+            ),
+            rope_dim=rope_dim,
+        )
+        self._held = matrices  # whose addresses are among the constants
 
     @staticmethod
-    def fits(attention: Any) -> bool:
+    def fits(layer: Any) -> bool:
         """Whether a module's decode steps can be computed here."""
-        if type(attention).__name__ not in _FAMILIES:
+        if type(layer).__name__ not in _FAMILIES or not has_compiled_norms(layer):
             return False
+        attention = layer.self_attn
         compressed = attention.q_lora_rank is not None
         return (
             isinstance(attention.o_proj, PackedLinear)
@@ -73,24 +87,17 @@ class LatentDecode(DecodeAttention):
         )
 
     @staticmethod
-    def _rope(attention: Any) -> str:
-        if type(attention).__name__ == "DeepseekV2Attention":
-            return "pairs"
-        return "pairs_to_halves" if attention.config.rope_interleave else "halves"
+    def _caches(arena: Arena) -> tuple[torch.Tensor, ...]:
+        return (arena.key,)
 
-    def _angles(self, position_embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._complex_angles:
+    @staticmethod
+    def _angles(position_embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(position_embeddings, torch.Tensor):  # DeepSeek-V2's are complex numbers
             return position_embeddings.real, position_embeddings.imag
-        return super()._angles(position_embeddings)
+        return DecodeLayer._angles(position_embeddings)
 
-    def _compute(self, rows: DecodeRows) -> None:
-        num_rows = len(rows.hidden_TH)
-        projected, queries = (np.empty((num_rows, each.num_columns), np.float32) for each in self._held[:2])
-        if not self._compressed:
-            queries = projected
-        work = [np.empty((num_rows, *shape), np.float32) for shape in self._work]
-        self._compiled(
-            *(rows.hidden_TH, self._addresses, self._panels, *self._norms, self._epsilons),
-            *(rows.cos_TD, rows.sin_TD, rows.keys),
-            *(self._layer, rows.slots_T, rows.positions_T, self._scale, projected, queries, *work, rows.out_TP),
-        )
+
+def _rope(layer: Any) -> Rope:
+    if type(layer).__name__ == "DeepseekV2DecoderLayer":
+        return "pairs"
+    return "pairs_to_halves" if layer.self_attn.config.rope_interleave else "halves"

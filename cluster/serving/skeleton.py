@@ -204,7 +204,7 @@ def _widen_fp8(weight_NK: torch.Tensor, scale: torch.Tensor, block: Sequence[int
 
 
 def _compile_decode_steps(model: nn.Module, team: ThreadTeam) -> None:
-    """Put compiled attention in the place of the modules that it fits; norms and linear layers are there already."""
+    """Put compiled layers in the place of those that they fit; what they are made of is compiled already."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             for kind in (GroupedQueryDecode, LatentDecode):

@@ -1,4 +1,4 @@
-"""Grouped-query attention of a decode step as one function, compiled for this machine's CPU."""
+"""A decode step's layer with grouped-query attention, up to its MLP, as one function compiled for this CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numba import types
 
 from cluster.serving._numba.attend import attend
-from cluster.serving._numba.norm_and_rope import normalise, rotate
+from cluster.serving._numba.norm_and_rope import add_rows, normalise, normalise_rows, rotate
 from experts.ops._numba.object_cache import compiled
 from experts.ops._numba.packed_matmul import Kind, compile_matmul
 
@@ -19,21 +19,25 @@ from experts.ops._numba.packed_matmul import Kind, compile_matmul
 def compile_grouped_query_decode(
     *, heads: int, kv_heads: int, head_dim: int, normed: bool, into: Kind, onto: Kind
 ) -> Callable[..., None]:
-    """Projections, norms of queries and keys where `normed`, rotary embedding (halves), cache, attention, output.
+    """Norm, projections, norms of queries and keys where `normed`, rotary embedding (halves), cache, attention, output
+    projection, residual, norm.
 
     It runs without the GIL. Arguments, for T rows with one new token each:
         hidden            float32 [T, H]
+        residual, mlp_in  float32 [T, H], written: `hidden` and its attention; the norm of that
+        layer_norms       float32 [2, H]: weights of the norms before attention and after
+        layer_epsilons    float32 [2]: theirs
+        head_norms        float32 [2, head_dim]: of queries and of keys, ignored where not `normed`; their epsilon
         first, last       int64 [3, 1]: addresses of panels, scales and biases of the packed q, k and v (one below the
                           other) and of the output projection
         panels            int64 [2]: of either
-        query_norm, key_norm  float32 [head_dim], ignored where not `normed`; epsilon
-        cos, sin          float32 [T, head_dim]
-        keys, values      float32 [layers, slots, kv_heads, C, head_dim]
-        layer; slots, positions  int64 [T]: where the new keys and values belong
+        layer             where in the cache
         window            how many tokens a query sees, its own included
         scale             of the scores
-        projected, summed float32 [T, whole panels], [T, heads * head_dim], to work in
-        out               float32 [T, whole panels]
+        cos, sin          float32 [T, head_dim]
+        keys, values      float32 [layers, slots, kv_heads, C, head_dim]
+        slots, positions  int64 [T]: where the new keys and values belong
+        projected, summed, out  float32 [T, whole panels], [T, heads * head_dim], [T, whole panels], to work in
     """
     multiply_in, multiply_out = (compile_matmul(name, biased=biased) for name, biased in (into, onto))
     attend_one = attend(head_dim, head_dim)
@@ -42,30 +46,34 @@ def compile_grouped_query_decode(
 
     def grouped_query_decode(
         hidden: Any,
+        residual: Any,
+        mlp_in: Any,
+        layer_norms: Any,
+        layer_epsilons: Any,
+        head_norms: Any,
+        epsilon: Any,
         first: Any,
         last: Any,
         panels: Any,
-        query_norm: Any,
-        key_norm: Any,
-        epsilon: Any,
+        layer: Any,
+        window: Any,
+        scale: Any,
         cos: Any,
         sin: Any,
         keys: Any,
         values: Any,
-        layer: Any,
         slots: Any,
         positions: Any,
-        window: Any,
-        scale: Any,
         projected: Any,
         summed: Any,
         out: Any,
     ) -> None:
         num_rows, hidden_size = hidden.shape
         starts = np.array([0, num_rows])
+        normalise_rows(hidden, layer_norms[0], layer_epsilons[0], mlp_in)
         multiply_in(
             *(first[0], first[1], first[2], starts, panels[0], hidden_size),
-            *(hidden.ctypes.data, hidden_size * 4, projected.ctypes.data, projected.shape[1] * 4),
+            *(mlp_in.ctypes.data, hidden_size * 4, projected.ctypes.data, projected.shape[1] * 4),
         )
         longest = 0
         for row in range(num_rows):
@@ -76,7 +84,7 @@ def compile_grouped_query_decode(
             parts = projected[row, : (heads + 2 * kv_heads) * head_dim].reshape(heads + 2 * kv_heads, head_dim)
             for head in range(heads + kv_heads):
                 if normed:
-                    normalise(parts[head], query_norm if head < heads else key_norm, epsilon)
+                    normalise(parts[head], head_norms[0 if head < heads else 1], epsilon)
                 rotate_one(parts[head], cos[row], sin[row], parts[head])
             begin, end = max(0, position + 1 - window), position + 1
             sums = summed[row].reshape(heads, head_dim)
@@ -96,13 +104,15 @@ def compile_grouped_query_decode(
             *(last[0], last[1], last[2], starts, panels[1], heads * head_dim),
             *(summed.ctypes.data, heads * head_dim * 4, out.ctypes.data, out.shape[1] * 4),
         )
+        add_rows(hidden, out, residual)
+        normalise_rows(residual, layer_norms[1], layer_epsilons[1], mlp_in)
 
-    matrix, cache_, single = types.float32[:, ::1], types.float32[:, :, :, :, ::1], types.float32
-    addresses, whole = types.int64[:, ::1], types.int64
+    matrix, cache_, vector = types.float32[:, ::1], types.float32[:, :, :, :, ::1], types.float32[::1]
+    addresses, numbers, whole, single = types.int64[:, ::1], types.int64[::1], types.int64, types.float32
     signature = types.void(
-        *(matrix, addresses, addresses, types.int64[::1], types.float32[::1], types.float32[::1], single),
-        *(matrix, matrix, cache_, cache_, whole, types.int64[::1], types.int64[::1], whole, single),
-        *(matrix, matrix, matrix),
+        *(matrix, matrix, matrix, matrix, vector, matrix, single),
+        *(addresses, addresses, numbers, whole, whole, single),
+        *(matrix, matrix, cache_, cache_, numbers, numbers, matrix, matrix, matrix),
     )
     variant = heads, kv_heads, head_dim, normed, into, onto
     return compiled(grouped_query_decode, signature, variant=variant, error_model="numpy")

@@ -1,4 +1,4 @@
-"""Multi-head latent attention of a decode step as one function, compiled for this machine's CPU."""
+"""A decode step's layer with latent attention, up to its MLP, as one function compiled for this machine's CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numba import types
 
 from cluster.serving._numba.attend import attend
-from cluster.serving._numba.norm_and_rope import Rope, normalise, rotate
+from cluster.serving._numba.norm_and_rope import Rope, add_rows, normalise, normalise_rows, rotate
 from experts.ops._numba.object_cache import compiled
 from experts.ops._numba.packed_matmul import Kind, compile_matmul
 
@@ -27,27 +27,31 @@ def compile_latent_decode(
     rope: Rope,
     kinds: tuple[Kind, ...],
 ) -> Callable[..., None]:
-    """Projections, norms of latents, rotary embedding, cache, attention to latents, output (DeepSeek-V2, section 2.1).
+    """Norm, projections, norms of latents, rotary embedding, cache, attention to latents (DeepSeek-V2, section 2.1),
+    output projection, residual, norm.
 
     query_rank: of the compressed queries; 0 where queries are projected at once
     kinds: of the five matrices below
 
     It runs without the GIL. Arguments, for T rows with one new token each:
         hidden        float32 [T, H]
+        residual, mlp_in  float32 [T, H], written: `hidden` and its attention; the norm of that
+        layer_norms   float32 [2, H]: weights of the norms before attention and after
+        layer_epsilons  float32 [2]: theirs
+        query_norm, latent_norm  float32 [query_rank], [rank];  their epsilons, float32 [2]
         matrices      int64 [5, 3, heads]: addresses of panels, scales and biases of (queries, or their latents, above
                       latents and rotary keys), of (queries from their latents), of W_UK and of W_UV of each head, and
                       of the output projection; one each but for W_UK and W_UV
         panels        int64 [5]: of each (of one head's W_UK and W_UV)
-        query_norm, latent_norm  float32 [query_rank], [rank];  their epsilons, float32 [2]
+        layer         where in the cache
+        scale         of the scores
         cos, sin      float32 [T, at least rope_dim / 2]
         latents       float32 [layers, slots, 1, C, rank + rope_dim]
-        layer; slots, positions  int64 [T]: where the new rows belong
-        scale         of the scores
-        projected     float32 [T, whole panels], to work in
-        queries       float32 [T, whole panels]; `projected` where query_rank is 0
+        slots, positions  int64 [T]: where the new rows belong
+        projected, expanded  float32 [T, whole panels] each, to work in; the second unused where query_rank is 0
         absorbed, summed, values  float32 [T, heads, rank + rope_dim], [T, heads, rank], [T, heads * value_dim], to
                       work in
-        out           float32 [T, whole panels]
+        out           float32 [T, whole panels], to work in
     """
     into, from_latents, absorb, expand, onto = (compile_matmul(name, biased=biased) for name, biased in kinds)
     attend_one, rotate_one = attend(rank + rope_dim, rank), rotate(rope, rope_dim)
@@ -57,20 +61,24 @@ def compile_latent_decode(
 
     def latent_decode(
         hidden: Any,
-        matrices: Any,
-        panels: Any,
+        residual: Any,
+        mlp_in: Any,
+        layer_norms: Any,
+        layer_epsilons: Any,
         query_norm: Any,
         latent_norm: Any,
         epsilons: Any,
+        matrices: Any,
+        panels: Any,
+        layer: Any,
+        scale: Any,
         cos: Any,
         sin: Any,
         latents: Any,
-        layer: Any,
         slots: Any,
         positions: Any,
-        scale: Any,
         projected: Any,
-        queries: Any,
+        expanded: Any,
         absorbed: Any,
         summed: Any,
         values: Any,
@@ -78,10 +86,12 @@ def compile_latent_decode(
     ) -> None:
         num_rows, hidden_size = hidden.shape
         starts = np.array([0, num_rows])
+        queries = expanded if query_rank else projected
+        normalise_rows(hidden, layer_norms[0], layer_epsilons[0], mlp_in)
         projected_bytes, query_bytes = projected.shape[1] * 4, queries.shape[1] * 4
         into(
             *(matrices[0, 0, :1], matrices[0, 1, :1], matrices[0, 2, :1], starts, panels[0], hidden_size),
-            *(hidden.ctypes.data, hidden_size * 4, projected.ctypes.data, projected_bytes),
+            *(mlp_in.ctypes.data, hidden_size * 4, projected.ctypes.data, projected_bytes),
         )
         if query_rank:
             for row in range(num_rows):
@@ -122,12 +132,15 @@ def compile_latent_decode(
             *(matrices[4, 0, :1], matrices[4, 1, :1], matrices[4, 2, :1], starts, panels[4], heads * value_dim),
             *(values.ctypes.data, heads * value_dim * 4, out.ctypes.data, out.shape[1] * 4),
         )
+        add_rows(hidden, out, residual)
+        normalise_rows(residual, layer_norms[1], layer_epsilons[1], mlp_in)
 
-    matrix, vector, single = types.float32[:, ::1], types.float32[::1], types.float32
-    cube, whole = types.float32[:, :, ::1], types.int64
+    matrix, cube, vector = types.float32[:, ::1], types.float32[:, :, ::1], types.float32[::1]
+    numbers, addresses = types.int64[::1], types.int64[:, :, ::1]
     signature = types.void(
-        *(matrix, types.int64[:, :, ::1], types.int64[::1], vector, vector, vector, matrix, matrix),
-        *(types.float32[:, :, :, :, ::1], whole, types.int64[::1], types.int64[::1], single),
+        *(matrix, matrix, matrix, matrix, vector, vector, vector, vector),
+        *(addresses, numbers, types.int64, types.float32),
+        *(matrix, matrix, types.float32[:, :, :, :, ::1], numbers, numbers),
         *(matrix, matrix, cube, cube, matrix, matrix),
     )
     variant = heads, nope, rope_dim, rank, value_dim, query_rank, rope, kinds

@@ -1,4 +1,4 @@
-"""What happens to a row's parts between projection and attention, as functions for others to call."""
+"""What happens to rows, or to their parts, between products, as functions for others to call."""
 
 from __future__ import annotations
 
@@ -24,6 +24,23 @@ def normalise(values, weight, epsilon):  # type: ignore[no-untyped-def]
     factor = np.float32(1) / np.sqrt(squares / np.float32(len(weight)) + epsilon)
     for i in range(len(weight)):
         values[i] = weight[i] * (values[i] * factor)
+
+
+@njit(nogil=True)
+def normalise_rows(rows, weight, epsilon, out):  # type: ignore[no-untyped-def]
+    """`normalise` of every row: float32 [T, N] into [T, N]."""
+    for row in range(rows.shape[0]):
+        for i in range(len(weight)):
+            out[row, i] = rows[row, i]
+        normalise(out[row], weight, epsilon)
+
+
+@njit(nogil=True)
+def add_rows(rows, others, out):  # type: ignore[no-untyped-def]
+    """Sums of float32 [T, N] and the first N columns of `others` into out [T, N]."""
+    for row in range(rows.shape[0]):
+        for i in range(rows.shape[1]):
+            out[row, i] = rows[row, i] + others[row, i]
 
 
 @cache

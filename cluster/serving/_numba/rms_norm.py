@@ -8,7 +8,7 @@ from typing import Any
 
 from numba import types
 
-from cluster.serving._numba.norm_and_rope import normalise
+from cluster.serving._numba.norm_and_rope import normalise_rows
 from experts.ops._numba.object_cache import compiled
 
 
@@ -20,11 +20,7 @@ def compile_rms_norm() -> Callable[..., None]:
     """
 
     def rms_norm(rows: Any, weight: Any, epsilon: Any, out: Any) -> None:
-        size = rows.shape[1]
-        for row in range(rows.shape[0]):
-            for i in range(size):
-                out[row, i] = rows[row, i]
-            normalise(out[row], weight, epsilon)
+        normalise_rows(rows, weight, epsilon, out)
 
     matrix = types.float32[:, ::1]
     signature = types.void(matrix, types.float32[::1], types.float32, matrix)

@@ -1,4 +1,4 @@
-"""Compiled decode steps against the families' own modules, eager and in float64."""
+"""Compiled decode steps against the families' own layers, eager and in float64."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from cluster.serving.attention import StepCache
 from cluster.serving.attention_batch import AttentionBatch, Chunk
+from cluster.serving.compiled_mlp import compile_mlps
 from cluster.serving.compiled_norm import compile_norms
-from cluster.serving.decode_attention import DecodeAttention
+from cluster.serving.decode_layer import DecodeLayer
 from cluster.serving.grouped_query_decode import GroupedQueryDecode
 from cluster.serving.kv_cache import KVCache, KVLayout, Slot
 from cluster.serving.latent_attention import LatentProjections
@@ -31,7 +32,13 @@ from experts.ops.cpu_threads import ThreadTeam
 HIDDEN, LAYER = 96, 1
 # Two arenas, and sequences that have just begun.
 LENGTHS = (0, 1, 2, 61, 255, 300)
-_COMMON = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
+_COMMON = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
 _LATENT = {
     **_COMMON,
     "num_key_value_heads": 4,
@@ -40,22 +47,25 @@ _LATENT = {
     "qk_nope_head_dim": 24,
     "v_head_dim": 32,
     "q_lora_rank": None,
+    "first_k_dense_replace": 2,
 }
 _GROUPED = {**_COMMON, "num_key_value_heads": 2, "head_dim": 16}
+# Both experts for every token: no gate has to decide alike in float32 and float64.
+_MIXTRAL = {**_GROUPED, "num_local_experts": 2, "num_experts_per_tok": 2}
 CASES: dict[str, tuple[Any, Any, str]] = {
-    "mixtral": (modeling_mixtral, MixtralConfig(**_GROUPED, sliding_window=None), "Mixtral"),
-    "mixtral window": (modeling_mixtral, MixtralConfig(**_GROUPED, sliding_window=40), "Mixtral"),
+    "mixtral": (modeling_mixtral, MixtralConfig(**_MIXTRAL, sliding_window=None), "Mixtral"),
+    "mixtral window": (modeling_mixtral, MixtralConfig(**_MIXTRAL, sliding_window=40), "Mixtral"),
     "mixtral one key head a query": (
         modeling_mixtral,
-        MixtralConfig(**{**_GROUPED, "num_key_value_heads": 4}, sliding_window=None),
+        MixtralConfig(**{**_MIXTRAL, "num_key_value_heads": 4}, sliding_window=None),
         "Mixtral",
     ),
     "mixtral three queries": (
         modeling_mixtral,
-        MixtralConfig(**{**_GROUPED, "num_attention_heads": 6}, sliding_window=None),
+        MixtralConfig(**{**_MIXTRAL, "num_attention_heads": 6}, sliding_window=None),
         "Mixtral",
     ),
-    "qwen3": (modeling_qwen3_moe, Qwen3MoeConfig(**_GROUPED, attention_bias=True), "Qwen3Moe"),
+    "qwen3": (modeling_qwen3_moe, Qwen3MoeConfig(**_GROUPED, attention_bias=True, mlp_only_layers=[LAYER]), "Qwen3Moe"),
     "deepseek-v2": (modeling_deepseek_v2, DeepseekV2Config(**_LATENT), "DeepseekV2"),
     "deepseek-v2 compressed": (
         modeling_deepseek_v2,
@@ -73,8 +83,8 @@ CASES: dict[str, tuple[Any, Any, str]] = {
 
 
 @dataclass(eq=False)
-class Attention:
-    """A family's attention, once as it is in float64 and once with what we put in its place."""
+class Layer:
+    """A family's layer, once as it is in float64 and once with what we put in its place."""
 
     case: str
     num_threads: int = 1
@@ -84,25 +94,27 @@ class Attention:
         torch.manual_seed(0)
         self.config = copy.deepcopy(config)
         self.config._attn_implementation = "expertmesh"
-        attention = getattr(module, f"{name}Attention")(self.config, LAYER).eval().requires_grad_(False)
-        for parameter in attention.parameters():
-            nn.init.normal_(parameter, std=0.15)
+        self.config._experts_implementation = "eager"
+        layer = getattr(module, f"{name}DecoderLayer")(self.config, LAYER).eval().requires_grad_(False)
+        for parameter_name, parameter in layer.named_parameters():
+            nn.init.normal_(parameter, mean=1 if "norm" in parameter_name else 0, std=0.15)
         self.rotary = getattr(module, f"{name}RotaryEmbedding")(self.config)
-        self.reference = copy.deepcopy(attention).double()
-        self.reference.config = copy.deepcopy(config)
-        self.reference.config._attn_implementation = "eager"
+        self.reference = copy.deepcopy(layer).double()
+        self.reference.self_attn.config = copy.deepcopy(config)
+        self.reference.self_attn.config._attn_implementation = "eager"
         parent = nn.Module()
-        parent.attention = attention
-        latent = hasattr(attention, "expand_kv")
+        parent.layer = layer
+        latent = hasattr(layer.self_attn, "expand_kv")
         if latent:
-            attention.latent_projections = LatentProjections(attention)
-            attention.expand_kv = lambda latents, k_rope: (latents, k_rope)
+            layer.self_attn.latent_projections = LatentProjections(layer.self_attn)
+            layer.self_attn.expand_kv = lambda latents, k_rope: (latents, k_rope)
         team = ThreadTeam(self.num_threads)
         pack_linears(parent, team)
         compile_norms(parent)
+        compile_mlps(parent, team)
         kind = LatentDecode if latent else GroupedQueryDecode
-        assert kind.fits(attention)
-        self.ours: DecodeAttention = kind(attention, team)
+        assert kind.fits(layer)
+        self.ours: DecodeLayer = kind(layer, team)
         layout = KVLayout(
             num_layers=2,
             num_kv_heads=1 if latent else config.num_key_value_heads,
@@ -127,7 +139,7 @@ class Attention:
             attention_mask=None,
             past_key_values=StepCache(batch, latent=self.latent),
             attention_batch=batch,
-        )[0][0]
+        )[0]
         for chunk in chunks:
             chunk.slot.length = chunk.end
         lengths = [chunk.num_tokens for chunk in ordered]
@@ -135,11 +147,11 @@ class Attention:
         return torch.cat([parts[index] for index in range(len(chunks))])
 
     def slot_with(self, prefix_TH: torch.Tensor) -> Slot:
-        """A sequence that has read its prefix, through the family's module."""
+        """A sequence that has read its prefix, through the family's own."""
         slot = self.cache.allocate(len(prefix_TH) + 1)
         assert slot is not None
         if len(prefix_TH):
-            self.step(self.ours.attention, [Chunk(slot=slot, num_tokens=len(prefix_TH))], [prefix_TH])
+            self.step(self.ours.layer, [Chunk(slot=slot, num_tokens=len(prefix_TH))], [prefix_TH])
         return slot
 
     def expected(self, hidden_TH: torch.Tensor) -> torch.Tensor:
@@ -153,7 +165,7 @@ class Attention:
         embeddings = self.rotary(hidden_TH.double()[None], position_ids=positions[None])
         output: torch.Tensor = self.reference(
             hidden_states=hidden_TH.double()[None], position_embeddings=embeddings, attention_mask=mask[None, None]
-        )[0]
+        )
         return output[0, -1]
 
 
@@ -164,26 +176,26 @@ def sequences() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("case", list(CASES))
-def test_a_step_gives_what_the_familys_module_gives(case: str, num_threads: int) -> None:
-    attention, hidden = Attention(case, num_threads), sequences()
-    slots = [attention.slot_with(rows_TH[:-1]) for rows_TH in hidden]
+def test_a_step_gives_what_the_familys_own_gives(case: str, num_threads: int) -> None:
+    layer, hidden = Layer(case, num_threads), sequences()
+    slots = [layer.slot_with(rows_TH[:-1]) for rows_TH in hidden]
     assert len({id(slot.arena) for slot in slots}) == 2
     chunks = [Chunk(slot=slot, num_tokens=1) for slot in slots]
-    got_TH = attention.step(attention.ours, chunks, [rows_TH[-1:] for rows_TH in hidden])
-    expected_TH = torch.stack([attention.expected(rows_TH) for rows_TH in hidden])
+    got_TH = layer.step(layer.ours, chunks, [rows_TH[-1:] for rows_TH in hidden])
+    expected_TH = torch.stack([layer.expected(rows_TH) for rows_TH in hidden])
     torch.testing.assert_close(got_TH.double(), expected_TH, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3", "deepseek-v3"])
 def test_what_a_step_writes_is_what_a_prompt_would_have_written(case: str) -> None:
     """A sequence that is decoded token by token, beside another that is read as a whole."""
-    attention = Attention(case)
+    layer = Layer(case)
     hidden_TH = sequences()[3]
-    slot = attention.slot_with(hidden_TH[:40])
+    slot = layer.slot_with(hidden_TH[:40])
     for position in range(40, len(hidden_TH)):
-        one = attention.step(attention.ours, [Chunk(slot=slot, num_tokens=1)], [hidden_TH[position : position + 1]])
-    torch.testing.assert_close(one[0].double(), attention.expected(hidden_TH), atol=2e-5, rtol=1e-4)
-    whole = attention.slot_with(hidden_TH)
+        one = layer.step(layer.ours, [Chunk(slot=slot, num_tokens=1)], [hidden_TH[position : position + 1]])
+    torch.testing.assert_close(one[0].double(), layer.expected(hidden_TH), atol=2e-5, rtol=1e-4)
+    whole = layer.slot_with(hidden_TH)
     for name in ("key", "value"):
         rows = [getattr(each.arena, name)[LAYER, each.index, :, : len(hidden_TH)] for each in (slot, whole)]
         torch.testing.assert_close(rows[0], rows[1], atol=1e-5, rtol=1e-5)
@@ -195,11 +207,11 @@ def test_a_rows_output_depends_on_no_other_row_and_no_thread(case: str) -> None:
     hidden = sequences()
     outputs = []
     for num_threads in (1, 2):
-        attention = Attention(case, num_threads)
-        slots = [attention.slot_with(rows_TH[:-1]) for rows_TH in hidden]
+        layer = Layer(case, num_threads)
+        slots = [layer.slot_with(rows_TH[:-1]) for rows_TH in hidden]
         chunks = [Chunk(slot=slot, num_tokens=1) for slot in slots]
-        outputs.append(attention.step(attention.ours, chunks, [rows_TH[-1:] for rows_TH in hidden]))
-    alone = Attention(case)
+        outputs.append(layer.step(layer.ours, chunks, [rows_TH[-1:] for rows_TH in hidden]))
+    alone = Layer(case)
     for row, rows_TH in enumerate(hidden):
         chunk = Chunk(slot=alone.slot_with(rows_TH[:-1]), num_tokens=1)
         outputs.append(outputs[0].clone())
@@ -210,58 +222,61 @@ def test_a_rows_output_depends_on_no_other_row_and_no_thread(case: str) -> None:
 @pytest.mark.parametrize("case", ["mixtral", "deepseek-v2"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_stays_in_its_row(case: str, value: float) -> None:
-    attention, hidden = Attention(case), sequences()
-    slots = [attention.slot_with(rows_TH[:-1]) for rows_TH in hidden]
+    layer, hidden = Layer(case), sequences()
+    slots = [layer.slot_with(rows_TH[:-1]) for rows_TH in hidden]
     hidden[2][-1, 5] = value
     chunks = [Chunk(slot=slot, num_tokens=1) for slot in slots]
-    got_TH = attention.step(attention.ours, chunks, [rows_TH[-1:] for rows_TH in hidden])
+    got_TH = layer.step(layer.ours, chunks, [rows_TH[-1:] for rows_TH in hidden])
     assert got_TH.isnan().all(dim=1).tolist() == [row == 2 for row in range(len(hidden))]
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("case", ["mixtral", "mixtral window", "qwen3", "deepseek-v3"])
 @pytest.mark.parametrize("longest", [60, 300])
-def test_steps_with_prompts(case: str, longest: int, num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_with_prompts(case: str, longest: int, num_threads: int) -> None:
     """A prompt's beginning, another's end, and a sequence that decodes, in one step."""
-    attention, hidden = Attention(case, num_threads), sequences()
+    layer, hidden = Layer(case, num_threads), sequences()
     rows = {3: 1, 5: longest, 4: 50, 1: 2}
-    slots = {which: attention.slot_with(hidden[which][:-new]) for which, new in rows.items() if which != 5}
-    whole = attention.cache.allocate(longest)
+    slots = {which: layer.slot_with(hidden[which][:-new]) for which, new in rows.items() if which != 5}
+    whole = layer.cache.allocate(longest)
     assert whole is not None
     slots[5], hidden[5] = whole, hidden[5][:longest]
     asked = []
-    forward = attention.ours.attention.forward
-    monkeypatch.setattr(
-        attention.ours.attention, "forward", lambda **arguments: asked.append(1) or forward(**arguments)
-    )
+    layer.ours.layer.register_forward_pre_hook(lambda *_: asked.append(1))
     chunks = [Chunk(slot=slots[which], num_tokens=new) for which, new in rows.items()]
-    got_TH = attention.step(attention.ours, chunks, [hidden[which][-new:] for which, new in rows.items()])
+    got_TH = layer.step(layer.ours, chunks, [hidden[which][-new:] for which, new in rows.items()])
     expected = [
-        attention.expected(hidden[which][: len(hidden[which]) - new + 1 + token])
+        layer.expected(hidden[which][: len(hidden[which]) - new + 1 + token])
         for which, new in rows.items()
         for token in range(new)
     ]
     torch.testing.assert_close(got_TH.double(), torch.stack(expected), atol=2e-5, rtol=1e-4)
-    assert bool(asked) == (longest == 300 or attention.latent)  # short ones are taken token by token
+    assert bool(asked) == (longest == 300 or layer.latent)  # short ones are taken token by token
 
 
 def test_a_lone_prompt_is_left_to_all_threads() -> None:
     asked = []
     for num_threads in (1, 2):
-        attention, hidden_TH = Attention("mixtral", num_threads), sequences()[3]
-        slot = attention.cache.allocate(40)
+        layer, hidden_TH = Layer("mixtral", num_threads), sequences()[3]
+        slot = layer.cache.allocate(40)
         assert slot is not None
-        attention.ours.attention.register_forward_pre_hook(lambda *_, count=num_threads: asked.append(count))
-        got_TH = attention.step(attention.ours, [Chunk(slot=slot, num_tokens=40)], [hidden_TH[:40]])
-        torch.testing.assert_close(got_TH[-1].double(), attention.expected(hidden_TH[:40]), atol=2e-5, rtol=1e-4)
+        layer.ours.layer.register_forward_pre_hook(lambda *_, count=num_threads: asked.append(count))
+        got_TH = layer.step(layer.ours, [Chunk(slot=slot, num_tokens=40)], [hidden_TH[:40]])
+        torch.testing.assert_close(got_TH[-1].double(), layer.expected(hidden_TH[:40]), atol=2e-5, rtol=1e-4)
     assert asked == [2]
 
 
-def test_other_families_keep_their_modules() -> None:
+def test_other_layers_are_left_alone() -> None:
     config = OlmoeConfig(**_COMMON, num_key_value_heads=2)
     config._attn_implementation = "eager"
-    attention = modeling_olmoe.OlmoeAttention(config, 0)  # norms all heads together
-    assert not GroupedQueryDecode.fits(attention)
-    assert not LatentDecode.fits(attention)
-    unpacked = modeling_mixtral.MixtralAttention(CASES["mixtral"][1], 0)
-    assert not GroupedQueryDecode.fits(unpacked)
+    olmoe = nn.ModuleList([modeling_olmoe.OlmoeDecoderLayer(config, 0)])  # norms all heads together
+    mixtral = nn.ModuleList([modeling_mixtral.MixtralDecoderLayer(CASES["mixtral"][1], 0)])
+    for parent in (olmoe, mixtral):
+        compile_norms(parent.requires_grad_(False))
+        assert not GroupedQueryDecode.fits(parent[0])  # Mixtral's is not packed
+        pack_linears(parent, ThreadTeam(1))
+    assert not GroupedQueryDecode.fits(olmoe[0])
+    assert GroupedQueryDecode.fits(mixtral[0])
+    assert not LatentDecode.fits(mixtral[0])
+    mixtral[0].post_attention_layernorm = nn.LayerNorm(HIDDEN)
+    assert not GroupedQueryDecode.fits(mixtral[0])
