@@ -23,8 +23,8 @@ from experts.ops.cpu_threads import ThreadTeam
 
 # Rows of a step from which a second thread is worth waking.
 _SHARED_ROWS = 4
-# Of so many rows the caller takes one more than its share: it has begun before the others are awake.
-_ROWS_AHEAD = 8
+# Rows that the caller is done with before the others are awake, but not more than so large a part of all.
+_ROWS_AHEAD, _PART_AHEAD = 2, 8
 
 
 class DecodeLayer(nn.Module, ABC):
@@ -132,7 +132,7 @@ class DecodeLayer(nn.Module, ABC):
         """Rows that a thread computes, in order: whose cache, which rows, their slots and positions."""
         for group in batch.decode_groups:
             shares = self._team.num_threads if group.num_rows >= _SHARED_ROWS else 1
-            ahead = group.num_rows // _ROWS_AHEAD if shares > 1 else 0
+            ahead = min(_ROWS_AHEAD, group.num_rows // _PART_AHEAD) if shares > 1 else 0
             ends = [0, *(ahead + (group.num_rows - ahead) * share // shares for share in range(1, shares + 1))]
             for first, last in itertools.pairwise(ends):
                 rows = slice(group.start + first, group.start + last)

@@ -29,7 +29,8 @@ from cluster.serving.latent_decode import LatentDecode
 from cluster.serving.packed_linear import pack_linears
 from experts.ops.cpu_threads import ThreadTeam
 
-HIDDEN, LAYER = 96, 1
+# Hidden states end within a panel.
+HIDDEN, LAYER = 84, 1
 # Two arenas, and sequences that have just begun.
 LENGTHS = (0, 1, 2, 61, 255, 300)
 _COMMON = {
@@ -124,7 +125,7 @@ class Layer:
             device=torch.device("cpu"),
             latent=latent,
         )
-        self.cache = KVCache(layout, memory=1 << 28, max_num_seqs=16, max_model_len=512)
+        self.cache = KVCache(layout, memory=1 << 28, max_num_seqs=32, max_model_len=512)
         self.latent = latent
 
     def step(self, module: Callable[..., Any], chunks: Sequence[Chunk], rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -204,7 +205,7 @@ def test_what_a_step_writes_is_what_a_prompt_would_have_written(case: str) -> No
 
 @pytest.mark.parametrize("case", ["qwen3", "deepseek-v3 compressed"])
 def test_a_rows_output_depends_on_no_other_row_and_no_thread(case: str) -> None:
-    hidden = sequences()
+    hidden = [*sequences(), *torch.randn(13, 3, HIDDEN)]  # enough for shares that are not alike
     outputs = []
     for num_threads in (1, 2):
         layer = Layer(case, num_threads)
