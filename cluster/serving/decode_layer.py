@@ -107,6 +107,7 @@ class DecodeLayer(nn.Module, ABC):
     def _pieces(self, batch: AttentionBatch, position_embeddings: Any) -> list[DecodePiece]:
         """What a thread computes at a time: which rows, and their cosines, sines, caches, slots, positions and work.
 
+        The families' layers all get the same embeddings, and work after one another: one answer serves all of a step.
         Nothing for steps that are the family's: a prompt is one thread's, so there have to be enough for all threads.
         """
         parts = [*self._parts(batch)]
