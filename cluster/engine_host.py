@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from cluster.config.mesh import EngineConfig, MeshConfig, RouterConfig
 from cluster.control.client import ControllerClient
 from cluster.control.follow import follow_tables
-from cluster.cores import usable_cores
+from cluster.cores import own_cores, usable_cores
 from cluster.engine_limits import engine_limits
 from cluster.model_files import expert_backend, open_checkpoint, pick_device, pick_dtype, served_name
 from cluster.observe.expert_metrics import ExpertMetrics
@@ -178,7 +178,17 @@ class EngineHost:
     def _on_table(self, table: PlacementTable) -> None:
         assert self._router is not None
         self._router.update(table)
+        if not self._has_table.is_set():
+            self._choose_cores(table)
         self._has_table.set()
+
+    def _choose_cores(self, table: PlacementTable) -> None:
+        """Where groups have cores of their own beside us, compute on those of the last, to which we send last: the
+        others are at work before it needs them. Several engines would all be there."""
+        here = {replica.group for replica in table.replicas if replica.address.rpartition(":")[0] == self._address}
+        if pick_device(self._config.engine.device).type == "cpu" and self._config.engine.replicas == 1:
+            assert self._engine is not None
+            self._engine.keep_to(own_cores(len(here) - 1, len(here)))
 
     def _health(self) -> Health:
         table = self._router.table if self._router is not None else None

@@ -15,7 +15,7 @@ from cluster.autoscale.meter import GroupMeter
 from cluster.config.mesh import MeshConfig
 from cluster.control.client import ControllerClient
 from cluster.control.controller import Assignment
-from cluster.cores import usable_cores
+from cluster.cores import keep_to, own_cores, usable_cores
 from cluster.metered_group import MeteredGroup
 from cluster.model_files import expert_backend, open_checkpoint, pick_device
 from experts.server import ExpertServer
@@ -75,6 +75,7 @@ class GroupHost:
             address=self._server.address,
             actor=identity.actor,
         )
+        self._cores, self._has_own_cores = usable_cores(), False
         self._version = 0
         self._entered = asyncio.Event()
         self._membership: asyncio.Task[None] | None = None
@@ -124,7 +125,7 @@ class GroupHost:
                 assignment = await self._controller.join(
                     self._me, device=self._device, resident=resident, known_version=self._version
                 )
-                self._backend.use_threads(max(1, usable_cores() // assignment.groups_on_host))
+                self._share_cores(assignment)
                 await self._load(assignment)
                 await self._controller.ready(self._me.replica)
                 self._entered.set()
@@ -136,6 +137,15 @@ class GroupHost:
             except Exception as error:  # whatever Ray raises for a controller that died
                 log.warning("lost the controller (%s); joining again", type(error).__name__)
             await asyncio.sleep(_RETRY_S)
+
+    def _share_cores(self, assignment: Assignment) -> None:
+        """A group that waits for a core on which another one computes would wait for all of its call."""
+        if self._device == "cpu" and not self._has_own_cores:
+            groups = assignment.groups_on_host
+            own = own_cores(groups.index(self._me.group), len(groups))
+            keep_to(own)
+            self._has_own_cores = bool(own)
+        self._backend.use_threads(max(1, self._cores // assignment.replicas_on_host))
 
     async def _follow(self) -> None:
         async for table in self._controller.watch(self._version):

@@ -26,11 +26,13 @@ Holders = Mapping[int, tuple[tuple[int, ...], ...]]
 class Assignment:
     """What a group replica is to hold.
 
-    groups_on_host: replicas, itself included, that listen on its address: they share a machine's cores, or a pod's
+    replicas_on_host: those, itself included, that listen on its address: they share a machine's cores, or a pod's
+    groups_on_host:   whose replicas they are, ascending
     """
 
     keys: frozenset[ExpertKey]
-    groups_on_host: int
+    replicas_on_host: int
+    groups_on_host: tuple[int, ...]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,8 +101,9 @@ class Controller:
             for expert, groups in enumerate(experts)
             if replica.group in groups
         )
-        hosts = Counter(_host(m.replica) for m in self._members.values())
-        return Assignment(keys=keys, groups_on_host=max(1, hosts[_host(replica)]))
+        groups = [m.replica.group for m in self._members.values() if _host(m.replica) == _host(replica)]
+        groups = groups or [replica.group]  # it may have gone meanwhile
+        return Assignment(keys=keys, replicas_on_host=len(groups), groups_on_host=tuple(sorted(set(groups))))
 
     async def progress(self, replica: str, loaded_bytes: int, total_bytes: int) -> None:
         """How far a replica's loading is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -139,6 +140,11 @@ class Engine:
 
     def start(self) -> None:
         self._thread.start()
+
+    def keep_to(self, cores: frozenset[int]) -> None:
+        """Compute on `cores`, after `start`; anywhere if none."""
+        if cores and self._thread.native_id is not None:
+            os.sched_setaffinity(self._thread.native_id, cores)
 
     def stop(self) -> None:
         """End after the current step; whatever is unfinished gets an `abort` event.

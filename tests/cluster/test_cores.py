@@ -1,11 +1,14 @@
 """A container's limit, as the kernel writes it, against the cores of this machine."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from cluster.cores import usable_cores
+from cluster.cores import own_cores, usable_cores
 
 
 @pytest.mark.parametrize(
@@ -27,3 +30,43 @@ def test_the_less_of_affinity_and_limit(
     if text is not None:
         path.write_text(text + "\n")
     assert usable_cores(path) == cores
+
+
+@pytest.mark.parametrize(
+    ("cores", "sharers", "shares"),
+    [
+        (range(8), 2, [{0, 1, 2, 3}, {4, 5, 6, 7}]),
+        ((1, 5, 9, 10, 12), 3, [{1}, {5, 9}, {10, 12}]),
+        (range(2), 2, [{0}, {1}]),
+        (range(2), 3, [set(), set(), set()]),
+        (range(8), 1, [set()]),
+    ],
+)
+def test_sharers_divide_the_cores(
+    cores: Iterable[int], sharers: int, shares: list[set[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cores))
+    assert [own_cores(place, sharers, tmp_path / "none") for place in range(sharers)] == shares
+    limit = tmp_path / "cpu.max"
+    limit.write_text("100000 100000\n")
+    assert not any(own_cores(place, sharers, limit) for place in range(sharers))
+
+
+def test_every_thread_of_a_process_keeps_to_its_cores() -> None:
+    script = """
+import os, threading
+from cluster.cores import keep_to
+leave, seen = threading.Event(), []
+before = threading.Thread(target=leave.wait)
+before.start()
+core = max(os.sched_getaffinity(0))
+keep_to(frozenset())
+all_cores = os.sched_getaffinity(0)
+keep_to(frozenset({core}))
+after = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
+after.start(); after.join()
+seen += [os.sched_getaffinity(0), os.sched_getaffinity(before.native_id)]
+leave.set()
+assert all_cores >= {core} and seen == [{core}] * 3, seen
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

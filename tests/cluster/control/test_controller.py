@@ -95,7 +95,11 @@ def test_each_learns_how_many_listen_on_its_address() -> None:
                 for group, pod in enumerate(pods)
             )
         )
-        assert [assignment.groups_on_host for assignment in assignments] == [2, 2, 1]
+        assert [assignment.groups_on_host for assignment in assignments] == [(0, 1), (0, 1), (2,)]
+        assert [assignment.replicas_on_host for assignment in assignments] == [2, 2, 1]
+        again = GroupReplica(group=1, replica="g1-again", node="a", address="10.0.0.1:5009")
+        assignment = await _join(controller, again)
+        assert (assignment.groups_on_host, assignment.replicas_on_host) == ((0, 1), 3)
 
     _run(scenario())
 
