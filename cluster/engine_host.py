@@ -30,6 +30,7 @@ from experts.group import ExpertGroup
 from experts.spec import ExpertKey
 from experts.weights.checkpoint import Checkpoint
 from experts.weights.layout import ExpertLayout, describe_experts
+from experts.wire.own_address import is_own
 from router_service.gating.capacity import CapacityGate
 from router_service.gating.gate import Gate
 from router_service.placement import GroupReplica, PlacementTable, balanced
@@ -185,7 +186,7 @@ class EngineHost:
     def _choose_cores(self, table: PlacementTable) -> None:
         """Where groups have cores of their own beside us, compute on those of the last, to which we send last: the
         others are at work before it needs them. Several engines would all be there."""
-        here = {replica.group for replica in table.replicas if replica.address.rpartition(":")[0] == self._address}
+        here = {replica.group for replica in table.replicas if is_own(replica.address)}
         if pick_device(self._config.engine.device).type == "cpu" and self._config.engine.replicas == 1:
             assert self._engine is not None
             self._engine.keep_to(own_cores(len(here) - 1, len(here)))

@@ -10,7 +10,6 @@ shared memory where the peer has an address of this machine; the first such call
 from __future__ import annotations
 
 import itertools
-import socket
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -35,6 +34,7 @@ from experts.wire.codec import (
 from experts.wire.grpc_stream import GrpcStream
 from experts.wire.local_stream import LocalStream
 from experts.wire.message_stream import MessageStream, StreamClosed
+from experts.wire.own_address import is_own
 from experts.wire.shared_memory import Segment, SegmentPool
 from experts.wire.v1 import expert_pb2 as pb
 
@@ -86,7 +86,7 @@ class _Connection:
         self._arrived: dict[int, WireReply] = {}
         self._segments = SegmentPool()
         self._lent: dict[int, Segment] = {}
-        self._same_machine = _is_own(address)
+        self._same_machine = is_own(address)
         try:
             local = LocalStream.to(address, self._receive) if self._same_machine else None
             self._stream: MessageStream = local or GrpcStream(
@@ -197,18 +197,6 @@ class _UnaryReply:
 
     def cancel(self) -> None:
         self._future.cancel()
-
-
-def _is_own(address: str) -> bool:
-    """Whether `address` (host:port) is one of this machine's, as far as this process's network shows."""
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        family, kind, protocol, _, found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.bind(found)
-    except OSError:
-        return False
-    return True
 
 
 def _partial(reply: WireReply) -> torch.Tensor:
