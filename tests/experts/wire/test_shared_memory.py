@@ -13,7 +13,7 @@ from experts.errors import RequestError, SegmentUnreachable
 from experts.group import ExpertGroup
 from experts.server import ExpertServer
 from experts.spec import ExpertCall
-from experts.wire import client, shared_memory
+from experts.wire import client, own_address, shared_memory
 from experts.wire.client import ExpertClient
 from experts.wire.shared_memory import MappedSegments, Segment, SegmentPool
 
@@ -117,7 +117,7 @@ def test_a_group_elsewhere_gets_the_data_itself(
     [("127.0.0.1:1", True), ("localhost:1", True), ("192.0.2.1:1", False), ("no-such-host.invalid:1", False)],
 )
 def test_only_own_addresses_are_tried(address: str, own: bool) -> None:
-    assert client._is_own(address) is own
+    assert own_address.is_own(address) is own
 
 
 def test_a_full_machine_sends_the_data(
