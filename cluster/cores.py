@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,8 +33,22 @@ def own_cores(place: int, sharers: int, cpu_max: Path = CPU_MAX) -> frozenset[in
     return frozenset(cores[len(cores) * place // sharers : len(cores) * (place + 1) // sharers])
 
 
-def keep_to(cores: frozenset[int]) -> None:
-    """Have all threads of this process, and those that they start, run on `cores`; anywhere as before if none."""
-    for thread in os.listdir("/proc/self/task") if cores else ():
+def keep_process_to(cores: frozenset[int]) -> None:
+    """Have all threads of this process, and those that they start, run on `cores`."""
+    _keep(map(int, os.listdir("/proc/self/task")), cores)
+
+
+def keep_python_to(cores: frozenset[int], free: Collection[str] = ()) -> None:
+    """Have the threads of this process that hold the GIL in turn run on `cores`, and those that they start.
+
+    Handing it to a thread of another core takes longer than what most of them do with it. Threads by a name in `free`
+    stay where they are, as do those of OpenMP and Ray.
+    """
+    threads = [thread for thread in threading.enumerate() if thread.name not in free]
+    _keep((thread.native_id for thread in threads if thread.native_id is not None), cores)
+
+
+def _keep(threads: Iterable[int], cores: frozenset[int]) -> None:
+    for thread in threads:
         with suppress(ProcessLookupError):  # it has ended
-            os.sched_setaffinity(int(thread), cores)
+            os.sched_setaffinity(thread, cores)

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from cluster.config.mesh import EngineConfig, MeshConfig, RouterConfig
 from cluster.control.client import ControllerClient
 from cluster.control.follow import follow_tables
-from cluster.cores import own_cores, usable_cores
+from cluster.cores import keep_python_to, own_cores, usable_cores
 from cluster.engine_limits import engine_limits
 from cluster.model_files import expert_backend, open_checkpoint, pick_device, pick_dtype, served_name
 from cluster.observe.expert_metrics import ExpertMetrics
@@ -27,6 +27,7 @@ from cluster.serving.skeleton import ModelSkeleton, load_skeleton
 from cluster.serving.tokenizer import Tokenizer, load_tokenizer
 from experts.errors import ConfigError
 from experts.group import ExpertGroup
+from experts.ops.cpu_threads import ThreadTeam
 from experts.spec import ExpertKey
 from experts.weights.checkpoint import Checkpoint
 from experts.weights.layout import ExpertLayout, describe_experts
@@ -135,6 +136,8 @@ class EngineHost:
             assert self._controller is not None, "groups in other processes need a controller"
             self._following = asyncio.create_task(follow_tables(self._controller, self._on_table))
             await self._has_table.wait()
+            assert self._router.table is not None
+            self._choose_cores(self._router.table)
 
     def check(self) -> None:
         """Raise if this engine no longer works."""
@@ -179,17 +182,17 @@ class EngineHost:
     def _on_table(self, table: PlacementTable) -> None:
         assert self._router is not None
         self._router.update(table)
-        if not self._has_table.is_set():
-            self._choose_cores(table)
         self._has_table.set()
 
     def _choose_cores(self, table: PlacementTable) -> None:
-        """Where groups have cores of their own beside us, compute on those of the last, to which we send last: the
-        others are at work before it needs them. Several engines would all be there."""
-        here = {replica.group for replica in table.replicas if is_own(replica.address)}
-        if pick_device(self._config.engine.device).type == "cpu" and self._config.engine.replicas == 1:
-            assert self._engine is not None
-            self._engine.keep_to(own_cores(len(here) - 1, len(here)))
+        """Where groups have cores of their own beside us, be on those of the last, to which we send last: the others
+        are at work before it needs them. Several engines would all be there."""
+        config = self._config
+        alone = config.engine.replicas == 1 and config.autoscaling.engine is None
+        if alone and pick_device(config.engine.device).type == "cpu":
+            here = {replica.group for replica in table.replicas if is_own(replica.address)}
+            if cores := own_cores(len(here) - 1, len(here)):
+                keep_python_to(cores, free=(ThreadTeam.NAME,))
 
     def _health(self) -> Health:
         table = self._router.table if self._router is not None else None

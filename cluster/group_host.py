@@ -15,7 +15,7 @@ from cluster.autoscale.meter import GroupMeter
 from cluster.config.mesh import MeshConfig
 from cluster.control.client import ControllerClient
 from cluster.control.controller import Assignment
-from cluster.cores import keep_to, own_cores, usable_cores
+from cluster.cores import keep_process_to, own_cores, usable_cores
 from cluster.metered_group import MeteredGroup
 from cluster.model_files import expert_backend, open_checkpoint, pick_device
 from experts.server import ExpertServer
@@ -143,8 +143,9 @@ class GroupHost:
         if self._device == "cpu" and not self._has_own_cores:
             groups = assignment.groups_on_host
             own = own_cores(groups.index(self._me.group), len(groups))
-            keep_to(own)
             self._has_own_cores = bool(own)
+            if own:
+                keep_process_to(own)
         self._backend.use_threads(max(1, self._cores // assignment.replicas_on_host))
 
     async def _follow(self) -> None:

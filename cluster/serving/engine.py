@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -26,6 +25,8 @@ from experts.errors import ConfigError, GroupUnavailable, QueueFull, RequestErro
 _LOG = logging.getLogger(__name__)
 _FINISH_RATE_WINDOW = 32
 _STOP_TIMEOUT_S = 10.0
+# An operator on so many is shared among OpenMP's threads.
+_SHARED_VALUES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +115,7 @@ class Engine:
         self._aborted: set[int] = set()
         self._unfinished: dict[int, RunningSequence] = {}
         self._stopping = False
+        self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._finished_at: deque[float] = deque(maxlen=_FINISH_RATE_WINDOW)
         self._prompt_tokens = 0
@@ -139,12 +141,9 @@ class Engine:
         return self._skeleton.eos_token_ids
 
     def start(self) -> None:
+        """Return when its thread has those of OpenMP, which stay on the cores that it is on now."""
         self._thread.start()
-
-    def keep_to(self, cores: frozenset[int]) -> None:
-        """Compute on `cores`, after `start`; anywhere if none."""
-        if cores and self._thread.native_id is not None:
-            os.sched_setaffinity(self._thread.native_id, cores)
+        self._started.wait()
 
     def stop(self) -> None:
         """End after the current step; whatever is unfinished gets an `abort` event.
@@ -240,6 +239,8 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self) -> None:
+        torch.ones(_SHARED_VALUES).exp_()
+        self._started.set()
         while self._take_news():
             step: Step = []
             try:

@@ -17,12 +17,15 @@ class ThreadTeam:
     helper that wakes late only means that the others did its share. Tasks are compiled code, without the GIL.
     """
 
+    NAME = "experts"
+    """Of its threads."""
+
     def __init__(self, num_threads: int) -> None:
         assert num_threads >= 1
         self.num_threads = num_threads
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         for _ in range(num_threads - 1):
-            threading.Thread(target=_help, args=(self._jobs,), name="experts", daemon=True).start()
+            threading.Thread(target=_help, args=(self._jobs,), name=self.NAME, daemon=True).start()
         weakref.finalize(self, _dismiss, self._jobs, num_threads - 1)
 
     def run(self, task: Callable[[int], None], num_tasks: int) -> None:

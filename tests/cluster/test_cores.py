@@ -52,21 +52,22 @@ def test_sharers_divide_the_cores(
     assert not any(own_cores(place, sharers, limit) for place in range(sharers))
 
 
-def test_every_thread_of_a_process_keeps_to_its_cores() -> None:
-    script = """
+@pytest.mark.parametrize(
+    ("call", "free_stays"), [("keep_process_to(cores)", False), ("keep_python_to(cores, ('free',))", True)]
+)
+def test_threads_keep_to_their_cores(call: str, free_stays: bool) -> None:
+    script = f"""
 import os, threading
-from cluster.cores import keep_to
-leave, seen = threading.Event(), []
-before = threading.Thread(target=leave.wait)
-before.start()
-core = max(os.sched_getaffinity(0))
-keep_to(frozenset())
-all_cores = os.sched_getaffinity(0)
-keep_to(frozenset({core}))
+from cluster.cores import *
+leave, seen, all_cores = threading.Event(), [], os.sched_getaffinity(0)
+others = [threading.Thread(target=leave.wait, name=name) for name in ("bound", "free")]
+for other in others: other.start()
+cores = frozenset({{max(all_cores)}})
+{call}
 after = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
 after.start(); after.join()
-seen += [os.sched_getaffinity(0), os.sched_getaffinity(before.native_id)]
+seen += [os.sched_getaffinity(thread) for thread in (0, others[0].native_id, others[1].native_id)]
 leave.set()
-assert all_cores >= {core} and seen == [{core}] * 3, seen
+assert seen == [cores] * 3 + [all_cores if {free_stays} else cores], seen
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
