@@ -115,7 +115,7 @@ class PrefillSpan:
 class AttentionBatch:
     """The step's layout. `order` says which chunk comes where: chunks[order[0]] has the first rows.
 
-    decode_pieces: what `cluster.serving.decode_layer` prepares once for all layers that work in the same shapes
+    decode_stages: what `cluster.serving.decode_layer` prepares once for all layers that work in the same shapes
     seconds: time spent on attention so far
     """
 
@@ -132,7 +132,7 @@ class AttentionBatch:
         self.decode_groups: list[DecodeGroup] = []
         self.prefill_spans: list[PrefillSpan] = []
         self.num_tokens = 0
-        self.decode_pieces: dict[Shapes, list[DecodePiece]] = {}
+        self.decode_stages: dict[Shapes, list[list[DecodePiece]]] = {}
         self.seconds = 0.0
         for key, members in singles.items():
             if members:

@@ -26,18 +26,25 @@ _SHARED_ROWS = 4
 # Rows that the caller is done with before the others are awake, but not more than so large a part of all.
 _ROWS_AHEAD, _PART_AHEAD = 2, 8
 
+# Whose cache, which rows of the step, their slots and positions.
+_Part = tuple[Arena, slice, torch.Tensor, torch.Tensor]
+
 
 class DecodeLayer(nn.Module, ABC):
     """In place of a family's decoder layer, which it keeps for prompts.
 
     compiled:  writes hidden states after attention, and what the MLP gets; its arguments are a step's rows, the layer's
-               norms, `constants`, and what all layers of a step share, see `_pieces`
+               norms, `constants`, and what all layers of a step share, see `_stages`
     work:      the shapes of what it works in, but for the rows
     rope_dim:  how many numbers of a head turn
     """
 
     # A prompt's tokens are taken one by one up to this position.
     most_prompt = 0
+    # What the compiled function gets last, to compute all of a layer, or one half and then the other: up to the cache,
+    # which a prompt's later tokens read, and from there.
+    whole: tuple[int, ...] = ()
+    halves: tuple[tuple[int, ...], ...] = ()
 
     def __init__(
         self,
@@ -83,10 +90,10 @@ class DecodeLayer(nn.Module, ABC):
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """hidden_states: float32 [1, T, H], same shape back; for the rest see transformers' decoder layers."""
         batch: AttentionBatch = arguments["attention_batch"]
-        pieces = batch.decode_pieces.get(self._work)
-        if pieces is None:
-            pieces = batch.decode_pieces[self._work] = self._pieces(batch, arguments["position_embeddings"])
-        if not pieces:
+        stages = batch.decode_stages.get(self._work)
+        if stages is None:
+            stages = batch.decode_stages[self._work] = self._stages(batch, arguments["position_embeddings"])
+        if not stages:
             output: torch.Tensor = self.layer(hidden_states, team=self._team, **arguments)
             return output
         started = time.perf_counter()
@@ -95,29 +102,30 @@ class DecodeLayer(nn.Module, ABC):
         hidden_TH, (residual_TH, mlp_in_TH) = hidden_states[0].contiguous().numpy(), both_21TH.numpy()[:, 0]
         compiled, constants = self._compiled, self._constants
 
-        def run(index: int) -> None:
-            rows, shared = pieces[index]
-            compiled(hidden_TH[rows], residual_TH[rows], mlp_in_TH[rows], *constants, *shared)
+        for pieces in stages:
 
-        self._team.run(run, len(pieces))
+            def run(index: int, pieces: list[DecodePiece] = pieces) -> None:
+                rows, shared = pieces[index]
+                compiled(hidden_TH[rows], residual_TH[rows], mlp_in_TH[rows], *constants, *shared)
+
+            self._team.run(run, len(pieces))
         batch.seconds += time.perf_counter() - started
         residual_1TH, mlp_in_1TH = both_21TH.unbind()
         return residual_1TH.add_(self.mlp(mlp_in_1TH))
 
-    def _pieces(self, batch: AttentionBatch, position_embeddings: Any) -> list[DecodePiece]:
+    def _stages(self, batch: AttentionBatch, position_embeddings: Any) -> list[list[DecodePiece]]:
         """What a thread computes at a time: which rows, and their cosines, sines, caches, slots, positions and work.
 
-        The families' layers all get the same embeddings, and work after one another: one answer serves all of a step.
-        Nothing for steps that are the family's: a prompt is one thread's, so there have to be enough for all threads.
+        One stage after the other; none for steps that are the family's.
         """
-        parts = [*self._parts(batch)]
-        if batch.prefill_spans and (
-            len(parts) < self._team.num_threads or any(span.end > self.most_prompt for span in batch.prefill_spans)
-        ):
+        if any(span.end > self.most_prompt for span in batch.prefill_spans):
             return []
+        parts, stages = [*self._parts(batch)], [self.whole]
+        if batch.prefill_spans and len(parts) < self._team.num_threads:
+            parts, stages = [cut for part in parts for cut in self._cut(*part)], [*self.halves]
         cos_TD, sin_TD = (each[0].contiguous().numpy() for each in self._angles(position_embeddings))
         assert cos_TD.shape[1] >= self._rope_dim // 2  # compiled code looks at no bounds
-        return [
+        pieces = [
             (
                 rows,
                 (
@@ -128,8 +136,16 @@ class DecodeLayer(nn.Module, ABC):
             )
             for arena, rows, slots_T, positions_T in parts
         ]
+        return [[(rows, (*shared, *stage)) for rows, shared in pieces] for stage in stages]
 
-    def _parts(self, batch: AttentionBatch) -> Iterator[tuple[Arena, slice, torch.Tensor, torch.Tensor]]:
+    def _cut(self, arena: Arena, rows: slice, slots_T: torch.Tensor, positions_T: torch.Tensor) -> Iterator[_Part]:
+        """A part for each thread."""
+        count, shares = len(slots_T), min(len(slots_T), self._team.num_threads)
+        for first, last in itertools.pairwise(count * share // shares for share in range(shares + 1)):
+            cut = slice(rows.start + first, rows.start + last)
+            yield arena, cut, slots_T[first:last], positions_T[first:last]
+
+    def _parts(self, batch: AttentionBatch) -> Iterator[_Part]:
         """Rows that a thread computes, in order: whose cache, which rows, their slots and positions."""
         for group in batch.decode_groups:
             shares = self._team.num_threads if group.num_rows >= _SHARED_ROWS else 1
@@ -138,7 +154,7 @@ class DecodeLayer(nn.Module, ABC):
             for first, last in itertools.pairwise(ends):
                 rows = slice(group.start + first, group.start + last)
                 yield group.arena, rows, group.slots_B[first:last], group.positions_B[first:last]
-        for span in batch.prefill_spans:  # whole: a token looks at those before it
+        for span in batch.prefill_spans:  # uncut: a token looks at those before it
             positions_T = torch.arange(span.begin, span.end)
             slots_T = torch.full_like(positions_T, span.slot.index)
             yield span.slot.arena, slice(span.start, span.stop), slots_T, positions_T

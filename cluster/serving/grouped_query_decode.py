@@ -23,6 +23,7 @@ class GroupedQueryDecode(DecodeLayer):
 
     # Their keys and values stay in a core's second cache.
     most_prompt = 256
+    whole, halves = (0,), ((1,), (2,))
 
     def __init__(self, layer: Any, team: ThreadTeam) -> None:
         # Loads LLVM, which a GPU's process does not need.

@@ -38,6 +38,7 @@ def compile_grouped_query_decode(
         keys, values      float32 [layers, slots, kv_heads, C, head_dim]
         slots, positions  int64 [T]: where the new keys and values belong
         projected, summed, out  float32 [T, whole panels], [T, heads * head_dim], [T, whole panels], to work in
+        half              1: up to the cache, 2: from there, in the same memory; 0: all
     """
     multiply_in, multiply_out = (compile_matmul(name, biased=biased) for name, biased in (into, onto))
     attend_one = attend(head_dim, head_dim)
@@ -67,14 +68,16 @@ def compile_grouped_query_decode(
         projected: Any,
         summed: Any,
         out: Any,
+        half: Any,
     ) -> None:
         num_rows, hidden_size = hidden.shape
         starts = np.array([0, num_rows])
-        normalise_rows(hidden, layer_norms[0], layer_epsilons[0], mlp_in)
-        multiply_in(
-            *(first[0], first[1], first[2], starts, panels[0], hidden_size),
-            *(mlp_in.ctypes.data, hidden_size * 4, projected.ctypes.data, projected.shape[1] * 4),
-        )
+        if half != 2:
+            normalise_rows(hidden, layer_norms[0], layer_epsilons[0], mlp_in)
+            multiply_in(
+                *(first[0], first[1], first[2], starts, panels[0], hidden_size),
+                *(mlp_in.ctypes.data, hidden_size * 4, projected.ctypes.data, projected.shape[1] * 4),
+            )
         longest = 0
         for row in range(num_rows):
             longest = max(longest, positions[row] + 1)
@@ -82,24 +85,28 @@ def compile_grouped_query_decode(
         for row in range(num_rows):
             slot, position = slots[row], positions[row]
             parts = projected[row, : (heads + 2 * kv_heads) * head_dim].reshape(heads + 2 * kv_heads, head_dim)
-            for head in range(heads + kv_heads):
-                if normed:
-                    normalise(parts[head], head_norms[0 if head < heads else 1], epsilon)
-                rotate_one(parts[head], cos[row], sin[row], parts[head])
-            begin, end = max(0, position + 1 - window), position + 1
             sums = summed[row].reshape(heads, head_dim)
-            for head in range(kv_heads):
-                key, value = keys[layer, slot, head], values[layer, slot, head]
-                key[position] = parts[heads + head]
-                value[position] = parts[heads + kv_heads + head]
-                attend_one(
-                    parts[head * group : (head + 1) * group],
-                    key[begin:end],
-                    value[begin:end],
-                    scale,
-                    scores,
-                    sums[head * group : (head + 1) * group],
-                )
+            if half != 2:
+                for head in range(heads + kv_heads):
+                    if normed:
+                        normalise(parts[head], head_norms[0 if head < heads else 1], epsilon)
+                    rotate_one(parts[head], cos[row], sin[row], parts[head])
+                for head in range(kv_heads):
+                    keys[layer, slot, head, position] = parts[heads + head]
+                    values[layer, slot, head, position] = parts[heads + kv_heads + head]
+            if half != 1:
+                begin, end = max(0, position + 1 - window), position + 1
+                for head in range(kv_heads):
+                    attend_one(
+                        parts[head * group : (head + 1) * group],
+                        keys[layer, slot, head, begin:end],
+                        values[layer, slot, head, begin:end],
+                        scale,
+                        scores,
+                        sums[head * group : (head + 1) * group],
+                    )
+        if half == 1:
+            return
         multiply_out(
             *(last[0], last[1], last[2], starts, panels[1], heads * head_dim),
             *(summed.ctypes.data, heads * head_dim * 4, out.ctypes.data, out.shape[1] * 4),
@@ -112,7 +119,7 @@ def compile_grouped_query_decode(
     signature = types.void(
         *(matrix, matrix, matrix, matrix, vector, matrix, single),
         *(addresses, addresses, numbers, whole, whole, single),
-        *(matrix, matrix, cache_, cache_, numbers, numbers, matrix, matrix, matrix),
+        *(matrix, matrix, cache_, cache_, numbers, numbers, matrix, matrix, matrix, whole),
     )
     variant = heads, kv_heads, head_dim, normed, into, onto
     return compiled(grouped_query_decode, signature, variant=variant, error_model="numpy")

@@ -255,16 +255,19 @@ def test_steps_with_prompts(case: str, longest: int, num_threads: int) -> None:
     assert bool(asked) == (longest == 300 or layer.latent)  # short ones are taken token by token
 
 
-def test_a_lone_prompt_is_left_to_all_threads() -> None:
-    asked = []
-    for num_threads in (1, 2):
-        layer, hidden_TH = Layer("mixtral", num_threads), sequences()[3]
-        slot = layer.cache.allocate(40)
-        assert slot is not None
-        layer.ours.layer.register_forward_pre_hook(lambda *_, count=num_threads: asked.append(count))
-        got_TH = layer.step(layer.ours, [Chunk(slot=slot, num_tokens=40)], [hidden_TH[:40]])
-        torch.testing.assert_close(got_TH[-1].double(), layer.expected(hidden_TH[:40]), atol=2e-5, rtol=1e-4)
-    assert asked == [2]
+@pytest.mark.parametrize("case", ["mixtral", "mixtral window", "qwen3"])
+def test_a_lone_prompt_is_shared_by_all_threads(case: str) -> None:
+    asked: list[int] = []
+    for num_threads in (1, 2, 3):
+        for read, length in ((0, 40), (7, 33), (0, 2)):
+            layer, hidden_TH = Layer(case, num_threads), sequences()[3]
+            slot = layer.slot_with(hidden_TH[:read])
+            layer.ours.layer.register_forward_pre_hook(lambda *_: asked.append(1))
+            chunk = Chunk(slot=slot, num_tokens=length)
+            got_TH = layer.step(layer.ours, [chunk], [hidden_TH[read : read + length]])
+            expected = [layer.expected(hidden_TH[: read + token + 1]) for token in range(length)]
+            torch.testing.assert_close(got_TH.double(), torch.stack(expected), atol=2e-5, rtol=1e-4)
+    assert not asked
 
 
 def test_other_layers_are_left_alone() -> None:
