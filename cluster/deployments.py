@@ -114,6 +114,7 @@ class GroupActor:
             config=parse_mesh(document, origin="mesh"),
             controller=ServeControllerClient(controller),
             identity=identity,
+            owns_process=True,
         )
         serve_calls(identity.replica, self._host.group)
         await self._host.start()
@@ -145,6 +146,7 @@ class EngineActor:
             transport=_transport(config),
             node=await asyncio.to_thread(_machine, ray.get_runtime_context().get_node_id()),
             address=ray.util.get_node_ip_address(),
+            owns_process=True,
         )
         await self._host.start()
 

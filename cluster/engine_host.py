@@ -52,6 +52,7 @@ class EngineHost:
     `router.transport: in_process`, where the experts live in this process.
     node:    this machine as placement tables name it; groups of another one then share a message; None: they do not
     address: where RouterService listens, if it is offered
+    owns_process: nothing else runs in this process, whose Python threads may be kept to some of its cores
 
     Raises CheckpointError or ConfigError where the model cannot be read.
     """
@@ -64,7 +65,9 @@ class EngineHost:
         transport: Transport | None,
         node: str | None = None,
         address: str = "127.0.0.1",
+        owns_process: bool = False,
     ) -> None:
+        self._owns_process = owns_process
         self._config = config
         self._controller = controller
         self._transport = transport
@@ -188,7 +191,7 @@ class EngineHost:
         """Where groups have cores of their own beside us, be on those of the last, to which we send last: the others
         are at work before it needs them. Several engines would all be there."""
         config = self._config
-        alone = config.engine.replicas == 1 and config.autoscaling.engine is None
+        alone = self._owns_process and config.engine.replicas == 1 and config.autoscaling.engine is None
         if alone and pick_device(config.engine.device).type == "cpu":
             here = {replica.group for replica in table.replicas if is_own(replica.address)}
             if cores := own_cores(len(here) - 1, len(here)):

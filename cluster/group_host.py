@@ -51,10 +51,20 @@ class HostIdentity:
 class GroupHost:
     """One replica of one expert group.
 
+    owns_process: nothing else runs in this process, which may be kept to some of its cores
+
     Raises CheckpointError or ConfigError where the model cannot be read.
     """
 
-    def __init__(self, *, group: int, config: MeshConfig, controller: ControllerClient, identity: HostIdentity) -> None:
+    def __init__(
+        self,
+        *,
+        group: int,
+        config: MeshConfig,
+        controller: ControllerClient,
+        identity: HostIdentity,
+        owns_process: bool = False,
+    ) -> None:
         self._controller = controller
         self._checkpoint = open_checkpoint(config.model)
         model_config = self._checkpoint.config()
@@ -75,7 +85,8 @@ class GroupHost:
             address=self._server.address,
             actor=identity.actor,
         )
-        self._cores, self._has_own_cores = usable_cores(), False
+        self._cores = usable_cores()
+        self._may_move = owns_process and device.type == "cpu"
         self._version = 0
         self._entered = asyncio.Event()
         self._membership: asyncio.Task[None] | None = None
@@ -140,12 +151,11 @@ class GroupHost:
 
     def _share_cores(self, assignment: Assignment) -> None:
         """A group that waits for a core on which another one computes would wait for all of its call."""
-        if self._device == "cpu" and not self._has_own_cores:
-            groups = assignment.groups_on_host
-            own = own_cores(groups.index(self._me.group), len(groups))
-            self._has_own_cores = bool(own)
-            if own:
-                keep_process_to(own)
+        groups = assignment.groups_on_host
+        own = own_cores(groups.index(self._me.group), len(groups))
+        if own and self._may_move:
+            self._may_move = False
+            keep_process_to(own)
         self._backend.use_threads(max(1, self._cores // assignment.replicas_on_host))
 
     async def _follow(self) -> None:

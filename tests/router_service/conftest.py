@@ -17,7 +17,8 @@ class TinyExperts:
         self.weight_EHH = torch.randn(num_experts, hidden_size, hidden_size, generator=generator) / hidden_size**0.5
 
     def expert(self, expert, hidden_TH):
-        return torch.tanh(hidden_TH.float() @ self.weight_EHH[expert])
+        # A thread's first product may take more of torch's threads than the next: in float64 nobody sees it.
+        return torch.tanh(hidden_TH.double() @ self.weight_EHH[expert].double()).float()
 
     def reference(self, hidden_TH, expert_ids_TK, weights_TK):
         """Token by token in float64: nothing in common with how the router does it."""
