@@ -67,7 +67,7 @@ class Router:
         self._sender = Sender(transport, self.replicas, self.counters, node)
         self._small: SmallBatches | None = None
         if isinstance(transport, GrpcTransport) and max_nodes_per_token is None:
-            self._small = SmallBatches(transport, gates, self.replicas, self.counters, node)
+            self._small = SmallBatches(transport, gates, self._sender, self.replicas, self.counters, node)
         self._failover = Failover(
             self._board,
             self.replicas,

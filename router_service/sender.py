@@ -136,15 +136,30 @@ class Sender:
         hidden_TH: torch.Tensor,
         timeout_s: float | None,
     ) -> Flight:
+        call = part.call(hidden_TH)
+        return self.start(
+            *(version, part, replica, len(call.hidden_TH), call.hidden_TH.nbytes),
+            lambda chosen: self._transport.send(chosen, call, timeout_s),
+        )
+
+    def start(
+        self,
+        version: int,
+        part: GroupPart,
+        replica: GroupReplica | None,
+        num_tokens: int,
+        num_bytes: int,
+        send: Callable[[GroupReplica], PendingReply],
+    ) -> Flight:
+        """Start the call of a part with `send`, which sends so many tokens' hidden states of so many bytes."""
         if replica is None:
             error = TransportError("it has no live replica in the placement table")
             return Flight(part=part, version=version, replica=None, reply=error, settle=_nothing)
-        call = part.call(hidden_TH)
         remote = self._node is not None and replica.node != self._node
-        self._counters.call(len(part.token_rows_R), len(call.hidden_TH), call.hidden_TH.nbytes, remote=remote)
+        self._counters.call(len(part.token_rows_R), num_tokens, num_bytes, remote=remote)
         settle = self._replicas.sent(replica, len(part.token_rows_R))
         try:
-            reply: PendingReply | TransportError = self._transport.send(replica, call, timeout_s)
+            reply: PendingReply | TransportError = send(replica)
         except TransportError as error:
             reply = error
         return Flight(part=part, version=version, replica=replica, reply=reply, settle=settle)

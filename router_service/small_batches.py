@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,10 +19,9 @@ from router_service.dispatch import SplitRows
 from router_service.gating.compiled_gate import MOST_TOKENS, CompiledGate
 from router_service.gating.gate import Gate
 from router_service.replica_choice import ReplicaChoice
-from router_service.sender import Flight, NodeFlight
+from router_service.sender import NodeFlight, Sender
 from router_service.slot_index import IntArray, SlotIndex
 from router_service.table_view import TableView
-from router_service.transport.base import PendingReply, TransportError
 from router_service.transport.grpc_stream import GrpcTransport
 
 _NONE: IntArray = np.empty(0, np.int32)
@@ -33,7 +33,6 @@ _FRAME_BYTES = 128
 class _Layer:
     """A layer's gate and slots, and what compiled code wants to know of them."""
 
-    view: TableView
     gate: CompiledGate
     index: SlotIndex
     run: Callable[..., None]
@@ -62,30 +61,31 @@ class SmallBatches:
         self,
         transport: GrpcTransport,
         gates: Mapping[int, Gate],
+        sender: Sender,
         replicas: ReplicaChoice,
         counters: RouterCounters,
         node: str | None,
     ) -> None:
         self._transport = transport
         self._gates = gates
+        self._sender = sender
         self._replicas = replicas
         self._counters = counters
         self._node = node
-        self._layers: dict[int, _Layer | None] = {}
-        self._view: TableView | None = None
+        self._layers: dict[int, tuple[TableView, _Layer | None]] = {}
         self._work = _Work()
+        for gate in gates.values():
+            if isinstance(gate, CompiledGate):
+                _compiled(gate)  # now, rather than in the first request
 
     def send(self, view: TableView, layer: int, hidden_TH: torch.Tensor) -> list[NodeFlight] | None:
         """Gate a batch and start its calls; None for a batch that is not small, or whose groups are not all here."""
-        if view is not self._view:
-            self._layers, self._view = {}, view
-        if layer not in self._layers:
-            self._layers[layer] = self._prepare(view, layer)
-        here = self._layers[layer]
+        known, here = self._layers.get(layer, (None, None))
+        if known is not view:
+            _, here = self._layers[layer] = view, self._prepare(view, layer)
         num_tokens = len(hidden_TH)
         if (
             here is None
-            or here.view is not view
             or not num_tokens
             or not here.gate.takes(hidden_TH)
             or not self._transport.takes_message(hidden_TH.nbytes)
@@ -111,21 +111,12 @@ class SmallBatches:
         self._counters.node(num_tokens)
         flights, ids, ends, begin = [], call_ids.tolist(), ends_G.tolist(), 0
         for part in split.parts(layer):
-            end = ends[part.group]
+            message, begin = work.messages[begin : ends[part.group]].data, ends[part.group]
+            copies = num_tokens if part.tokens_T is None else len(part.tokens_T)
+            send = partial(self._transport.send_message, call_id=ids[part.group], message=message)
             replica = self._replicas.choose(view, part.group)
-            assert replica is not None, "none is missing"
-            rows, copies = len(part.token_rows_R), num_tokens if part.tokens_T is None else len(part.tokens_T)
-            self._counters.call(rows, copies, copies * hidden_TH.shape[1] * 4, remote=False)
-            settle = self._replicas.sent(replica, rows)
-            try:
-                reply: PendingReply | TransportError = self._transport.send_message(
-                    replica, ids[part.group], work.messages[begin:end].data
-                )
-            except TransportError as error:
-                reply = error
-            version = view.table.version
-            flights.append(Flight(part=part, version=version, replica=replica, reply=reply, settle=settle))
-            begin = end
+            version, num_bytes = view.table.version, copies * hidden_TH.shape[1] * 4
+            flights.append(self._sender.start(version, part, replica, copies, num_bytes, send))
         return [NodeFlight(version=view.table.version, flights=tuple(flights))]
 
     def _prepare(self, view: TableView, layer: int) -> _Layer | None:
@@ -136,7 +127,11 @@ class SmallBatches:
         index = view.slots(layer, frozenset())
         if index.num_experts < gate.formula.logits.num_outputs:
             return None
-        # Loads LLVM, which a GPU's process does not need.
-        from router_service._numba.ask_groups import compile_ask_groups
+        return _Layer(gate=gate, index=index, run=_compiled(gate))
 
-        return _Layer(view=view, gate=gate, index=index, run=compile_ask_groups(*gate.formula.kind))
+
+def _compiled(gate: CompiledGate) -> Callable[..., None]:
+    # Loads LLVM, which a GPU's process does not need.
+    from router_service._numba.ask_groups import compile_ask_groups
+
+    return compile_ask_groups(*gate.formula.kind)

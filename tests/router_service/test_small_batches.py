@@ -16,6 +16,7 @@ from router_service.gating.gate import GateSpec
 from router_service.placement import GroupReplica, PlacementTable, balanced
 from router_service.replica_choice import ReplicaChoice
 from router_service.router import Router
+from router_service.sender import Sender
 from router_service.small_batches import SmallBatches
 from router_service.table_view import TableView
 from router_service.transport.base import TransportError
@@ -58,8 +59,9 @@ def table_of(num_experts, groups, *, nodes=None, redundant=0, layer=3):
 
 
 def small_batches(gates, transport=None, node="n"):
-    counters = RouterCounters()
-    return SmallBatches(transport or Recorder(), gates, ReplicaChoice(), counters, node), counters
+    transport, counters, replicas = transport or Recorder(), RouterCounters(), ReplicaChoice()
+    sender = Sender(transport, replicas, counters, node)
+    return SmallBatches(transport, gates, sender, replicas, counters, node), counters
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 17, 64])
