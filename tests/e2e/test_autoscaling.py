@@ -43,6 +43,8 @@ AUTOSCALING = {
             },
         },
         **QUICK,
+        # Groups report one after the other, once a second: for that long the first to see a load seems to have it all.
+        "upscale_delay_s": 4,
     },
 }
 
