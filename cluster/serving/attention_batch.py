@@ -16,8 +16,8 @@ import torch
 from cluster.serving.kv_cache import Arena, Slot
 
 Shapes = tuple[tuple[int, ...], ...]
-# Rows that one thread computes, and what compiled code needs to know of them.
-DecodePiece = tuple[slice, tuple[Any, ...]]
+# Rows that one thread computes, whether they are a prompt's to expand, and what compiled code needs to know of them.
+DecodePiece = tuple[slice, bool, tuple[Any, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,46 @@ _SHARED_ROWS = 4
 # Rows that the caller is done with before the others are awake, but not more than so large a part of all.
 _ROWS_AHEAD, _PART_AHEAD = 2, 8
 
-# Whose cache, which rows of the step, their slots and positions.
-_Part = tuple[Arena, slice, torch.Tensor, torch.Tensor]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expansion:
+    """Another way to compute a prompt's tokens: all at once, from what is made of every position before.
+
+    compiled:  a function like DecodeLayer's; before what says which half it is, it gets [positions so far, columns]
+               that all parts of a prompt share, and the position from which on a part is to fill them
+    pays:      whether it does for so many tokens
+    work:      the shapes of what it works in, but for the rows
+    """
+
+    compiled: Callable[..., None]
+    pays: Callable[[int], bool]
+    work: Shapes
+    columns: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """Rows that a thread computes: whose cache, their slots and positions; of an expanded prompt, `Expansion`'s two."""
+
+    arena: Arena
+    rows: slice
+    slots_T: torch.Tensor
+    positions_T: torch.Tensor
+    pairs_LC: torch.Tensor | None = None
+    begin: int = 0
+
+    def cut(self, shares: int) -> Iterator[_Part]:
+        """As many parts, none of them empty."""
+        count = len(self.slots_T)
+        shares = min(shares, count)
+        for first, last in itertools.pairwise(count * share // shares for share in range(shares + 1)):
+            yield replace(
+                self,
+                rows=slice(self.rows.start + first, self.rows.start + last),
+                slots_T=self.slots_T[first:last],
+                positions_T=self.positions_T[first:last],
+                begin=int(self.positions_T[first]) if first else self.begin,
+            )
 
 
 class DecodeLayer(nn.Module, ABC):
@@ -37,9 +76,10 @@ class DecodeLayer(nn.Module, ABC):
                norms, `constants`, and what all layers of a step share, see `_stages`
     work:      the shapes of what it works in, but for the rows
     rope_dim:  how many numbers of a head turn
+    expansion: for prompts' tokens, which otherwise are taken one by one
     """
 
-    # A prompt's tokens are taken one by one up to this position.
+    # Prompts that reach further are the family's.
     most_prompt = 0
     # What the compiled function gets last, to compute all of a layer, or one half and then the other: up to the cache,
     # which a prompt's later tokens read, and from there.
@@ -55,6 +95,7 @@ class DecodeLayer(nn.Module, ABC):
         constants: tuple[Any, ...],
         work: Shapes,
         rope_dim: int,
+        expansion: Expansion | None = None,
     ) -> None:
         super().__init__()
         norms = layer.input_layernorm, layer.post_attention_layernorm
@@ -68,7 +109,10 @@ class DecodeLayer(nn.Module, ABC):
             *constants,
         )
         self._work = work
+        self._shapes = work if expansion is None else (*work, *expansion.work, (expansion.columns,))
         self._rope_dim = rope_dim
+        self._expansion = expansion
+        self._compiled_of_prompts = compiled if expansion is None else expansion.compiled
         self._hidden_size = len(norms[0].weight)
 
     @staticmethod
@@ -90,9 +134,9 @@ class DecodeLayer(nn.Module, ABC):
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """hidden_states: float32 [1, T, H], same shape back; for the rest see transformers' decoder layers."""
         batch: AttentionBatch = arguments["attention_batch"]
-        stages = batch.decode_stages.get(self._work)
+        stages = batch.decode_stages.get(self._shapes)
         if stages is None:
-            stages = batch.decode_stages[self._work] = self._stages(batch, arguments["position_embeddings"])
+            stages = batch.decode_stages[self._shapes] = self._stages(batch, arguments["position_embeddings"])
         if not stages:
             output: torch.Tensor = self.layer(hidden_states, team=self._team, **arguments)
             return output
@@ -100,13 +144,13 @@ class DecodeLayer(nn.Module, ABC):
         assert hidden_states.shape == (1, batch.num_tokens, self._hidden_size)  # compiled code looks at no bounds
         both_21TH = torch.empty(2, *hidden_states.shape)
         hidden_TH, (residual_TH, mlp_in_TH) = hidden_states[0].contiguous().numpy(), both_21TH.numpy()[:, 0]
-        compiled, constants = self._compiled, self._constants
+        both, constants = (self._compiled, self._compiled_of_prompts), self._constants
 
         for pieces in stages:
 
             def run(index: int, pieces: list[DecodePiece] = pieces) -> None:
-                rows, shared = pieces[index]
-                compiled(hidden_TH[rows], residual_TH[rows], mlp_in_TH[rows], *constants, *shared)
+                rows, expands, shared = pieces[index]
+                both[expands](hidden_TH[rows], residual_TH[rows], mlp_in_TH[rows], *constants, *shared)
 
             self._team.run(run, len(pieces))
         batch.seconds += time.perf_counter() - started
@@ -122,42 +166,46 @@ class DecodeLayer(nn.Module, ABC):
             return []
         parts, stages = [*self._parts(batch)], [self.whole]
         if batch.prefill_spans and len(parts) < self._team.num_threads:
-            parts, stages = [cut for part in parts for cut in self._cut(*part)], [*self.halves]
+            parts, stages = [cut for part in parts for cut in part.cut(self._team.num_threads)], [*self.halves]
         cos_TD, sin_TD = (each[0].contiguous().numpy() for each in self._angles(position_embeddings))
         assert cos_TD.shape[1] >= self._rope_dim // 2  # compiled code looks at no bounds
         pieces = [
-            (
-                rows,
-                (
-                    *(cos_TD[rows], sin_TD[rows], *(cache.numpy() for cache in self._caches(arena))),
-                    *(slots_T.numpy(), positions_T.numpy()),
-                    *(np.empty((len(slots_T), *shape), np.float32) for shape in self._work),
-                ),
-            )
-            for arena, rows, slots_T, positions_T in parts
+            (part.rows, part.pairs_LC is not None, (cos_TD[part.rows], sin_TD[part.rows], *self._arguments(part)))
+            for part in parts
         ]
-        return [[(rows, (*shared, *stage)) for rows, shared in pieces] for stage in stages]
+        return [[(rows, expands, (*shared, *stage)) for rows, expands, shared in pieces] for stage in stages]
 
-    def _cut(self, arena: Arena, rows: slice, slots_T: torch.Tensor, positions_T: torch.Tensor) -> Iterator[_Part]:
-        """A part for each thread."""
-        count, shares = len(slots_T), min(len(slots_T), self._team.num_threads)
-        for first, last in itertools.pairwise(count * share // shares for share in range(shares + 1)):
-            cut = slice(rows.start + first, rows.start + last)
-            yield arena, cut, slots_T[first:last], positions_T[first:last]
+    def _arguments(self, part: _Part) -> Iterator[Any]:
+        for tensor in (*self._caches(part.arena), part.slots_T, part.positions_T):
+            yield tensor.numpy()
+        for shape in self._work if self._expansion is None or part.pairs_LC is None else self._expansion.work:
+            yield np.empty((len(part.slots_T), *shape), np.float32)
+        if part.pairs_LC is not None:
+            yield from (part.pairs_LC.numpy(), part.begin)
 
     def _parts(self, batch: AttentionBatch) -> Iterator[_Part]:
-        """Rows that a thread computes, in order: whose cache, which rows, their slots and positions."""
+        """In the order of their rows."""
         for group in batch.decode_groups:
             shares = self._team.num_threads if group.num_rows >= _SHARED_ROWS else 1
             ahead = min(_ROWS_AHEAD, group.num_rows // _PART_AHEAD) if shares > 1 else 0
             ends = [0, *(ahead + (group.num_rows - ahead) * share // shares for share in range(1, shares + 1))]
             for first, last in itertools.pairwise(ends):
-                rows = slice(group.start + first, group.start + last)
-                yield group.arena, rows, group.slots_B[first:last], group.positions_B[first:last]
+                yield _Part(
+                    arena=group.arena,
+                    rows=slice(group.start + first, group.start + last),
+                    slots_T=group.slots_B[first:last],
+                    positions_T=group.positions_B[first:last],
+                )
         for span in batch.prefill_spans:  # uncut: a token looks at those before it
             positions_T = torch.arange(span.begin, span.end)
-            slots_T = torch.full_like(positions_T, span.slot.index)
-            yield span.slot.arena, slice(span.start, span.stop), slots_T, positions_T
+            expansion = self._expansion if self._expansion and self._expansion.pays(len(positions_T)) else None
+            yield _Part(
+                arena=span.slot.arena,
+                rows=slice(span.start, span.stop),
+                slots_T=torch.full_like(positions_T, span.slot.index),
+                positions_T=positions_T,
+                pairs_LC=torch.empty(span.end, expansion.columns) if expansion else None,
+            )
 
 
 def has_compiled_norms(layer: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cluster.serving.decode_layer import DecodeLayer, has_compiled_norms
+from cluster.serving.decode_layer import DecodeLayer, Expansion, has_compiled_norms
 from cluster.serving.kv_cache import Arena
 from cluster.serving.packed_linear import PackedLinear, can_join, join_layers
 from experts.ops.cpu_threads import ThreadTeam
@@ -21,11 +21,17 @@ _FAMILIES = {"DeepseekV2DecoderLayer", "DeepseekV3DecoderLayer"}
 
 
 class LatentDecode(DecodeLayer):
-    """See DecodeLayer, and `cluster.serving.latent_attention` for what is absorbed."""
+    """See DecodeLayer, and `cluster.serving.latent_attention` for what is absorbed or expanded."""
+
+    # Their keys and values, those of a head, stay in a core's second cache.
+    most_prompt = 256
+    whole, halves = (0,), ((1,), (2,))
 
     def __init__(self, layer: Any, team: ThreadTeam) -> None:
         # Loads LLVM, which a GPU's process does not need.
         from cluster.serving._numba.latent_decode import compile_latent_decode
+        from cluster.serving._numba.latent_parts import LatentShape
+        from cluster.serving._numba.latent_prompt import compile_latent_prompt
 
         attention = layer.self_attn
         heads, rank, rope_dim = attention.num_heads, attention.kv_lora_rank, attention.qk_rope_head_dim
@@ -36,16 +42,17 @@ class LatentDecode(DecodeLayer):
         queries, onto = attention.q_b_proj.matrix if compressed else into, attention.o_proj.matrix
         absorb = pack_exactly(latent.up_key_HNR.transpose(1, 2).reshape(-1, nope))
         expand = pack_exactly(latent.up_value_HRV.transpose(1, 2).reshape(-1, rank))
-        matrices = [into, queries, absorb, expand, onto]
+        pairs = attention.kv_b_proj.matrix
+        matrices = [into, queries, absorb, expand, onto, pairs]
         # Each head's part of a matrix, panel by panel; `heads` times the whole where it has none.
-        parts = [1, 1, heads, heads, 1]
+        parts = [1, 1, heads, heads, 1, 1]
         panels = np.array([len(matrix.panels) // of for matrix, of in zip(matrices, parts, strict=True)])
         addresses = np.array([matrix.addresses() for matrix in matrices])[:, :, None].repeat(heads, axis=2)
         for number in (2, 3):
             addresses[number, 0] += np.arange(heads) * (matrices[number].nbytes // heads)
         norm = attention.kv_a_layernorm
         query_norm = attention.q_a_layernorm if compressed else norm
-        compiled = compile_latent_decode(
+        shape = LatentShape(
             heads=heads,
             nope=nope,
             rope_dim=rope_dim,
@@ -53,20 +60,29 @@ class LatentDecode(DecodeLayer):
             value_dim=value_dim,
             query_rank=attention.q_lora_rank or 0,
             rope=_rope(layer),
-            kinds=tuple(matrix.kind for matrix in matrices),
+        )
+        kinds = tuple(matrix.kind for matrix in matrices)
+        work = (
+            (into.num_columns,),
+            (queries.num_columns if compressed else 0,),
+            (heads * value_dim,),
+            (onto.num_columns,),
         )
         super().__init__(
             layer,
             team,
-            compiled=compiled,
+            compiled=compile_latent_decode(shape, kinds),
             constants=(
                 *(query_norm.weight.numpy(), norm.weight.numpy()),
                 np.array([query_norm.variance_epsilon, norm.variance_epsilon], np.float32),
                 *(addresses, panels, attention.layer_idx, attention.scaling),
             ),
-            work=(
-                *((into.num_columns,), (queries.num_columns if compressed else 0,)),
-                *((heads, rank + rope_dim), (heads, rank), (heads * value_dim,), (onto.num_columns,)),
+            work=(*work, (heads, rank + rope_dim), (heads, rank)),
+            expansion=Expansion(
+                compiled=compile_latent_prompt(shape, kinds),
+                pays=latent.expand_is_cheaper,
+                work=work,
+                columns=pairs.num_columns,
             ),
             rope_dim=rope_dim,
         )
@@ -80,7 +96,7 @@ class LatentDecode(DecodeLayer):
         attention = layer.self_attn
         compressed = attention.q_lora_rank is not None
         return (
-            isinstance(attention.o_proj, PackedLinear)
+            all(isinstance(linear, PackedLinear) for linear in (attention.o_proj, attention.kv_b_proj))
             and (not compressed or isinstance(attention.q_b_proj, PackedLinear))
             and can_join(attention.q_a_proj if compressed else attention.q_proj, attention.kv_a_proj_with_mqa)
             and attention.o_proj.matrix.whole(attention.kv_lora_rank, attention.v_head_dim)

@@ -1,4 +1,4 @@
-"""Softmax attention of one new token over its sequence's cached tokens, compiled for this machine's CPU."""
+"""Softmax attention of new tokens over their sequence's cached tokens, compiled for this machine's CPU."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ def _exponentials(scores, peak):  # type: ignore[no-untyped-def]
 
 
 @cache
-def attend(key_dim: int, value_dim: int) -> Callable[..., None]:
+def attend(key_dim: int, value_dim: int, *, causal: bool = False) -> Callable[..., None]:
     """A function for others to call, of float32 query [G, key_dim], keys [L, key_dim], values [L, at least value_dim],
-    the scale of the scores, [G, L] to work in and out [G, value_dim]."""
+    the scale of the scores, [G, L] to work in and out [G, value_dim].
 
+    causal: queries are of tokens that follow each other, up to that of the last key; otherwise each sees all keys
+    """
     dims = key_dim, value_dim
 
     # Two queries and four keys at a time: what is loaded once is used more than once.
@@ -78,22 +80,25 @@ def attend(key_dim: int, value_dim: int) -> Callable[..., None]:
                 for i in range(value_dim):
                     out[g, i] += weight * value[at, i]
 
-    @part(dims, fastmath=SUMS)
+    @part((*dims, causal), fastmath=SUMS)
     def attend_one(query, key, value, scale, scores, out):  # type: ignore[no-untyped-def]
         num_queries, length = query.shape[0], key.shape[0]
         score(query, key, scale, scores)
         for g in range(num_queries):
+            seen = length - (num_queries - 1 - g) if causal else length
             peak, check = scores[g, 0], _ZERO
-            for at in range(length):
+            for at in range(seen):
                 peak = max(peak, scores[g, at])
                 check += scores[g, at] * _ZERO  # NaN where a score is NaN or infinite, which `exp` would hide
-            _exponentials(scores[g, :length], peak)
+            _exponentials(scores[g, :seen], peak)
             total = check
-            for at in range(length):
+            for at in range(seen):
                 total += scores[g, at]
             share = _ONE / total
-            for at in range(length):
+            for at in range(seen):
                 scores[g, at] *= share
+            for at in range(seen, length):
+                scores[g, at] = _ZERO
         weigh(scores, value, out)
 
     compiled: Callable[..., None] = attend_one

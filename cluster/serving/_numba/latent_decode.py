@@ -10,28 +10,27 @@ import numpy as np
 from numba import types
 
 from cluster.serving._numba.attend import attend
-from cluster.serving._numba.norm_and_rope import Rope, add_rows, normalise, normalise_rows, rotate
+from cluster.serving._numba.latent_parts import LatentShape, add_attention, read_tokens
+from cluster.serving._numba.norm_and_rope import rotate
 from experts.ops._numba.object_cache import compiled
 from experts.ops._numba.packed_matmul import Kind, compile_matmul
 
+_MATRIX, _CUBE, _VECTOR = types.float32[:, ::1], types.float32[:, :, ::1], types.float32[::1]
+_NUMBERS, _ADDRESSES = types.int64[::1], types.int64[:, :, ::1]
+# Of the arguments up to `positions`.
+COMMON = (
+    *(_MATRIX, _MATRIX, _MATRIX, _MATRIX, _VECTOR, _VECTOR, _VECTOR, _VECTOR),
+    *(_ADDRESSES, _NUMBERS, types.int64, types.float32),
+    *(_MATRIX, _MATRIX, types.float32[:, :, :, :, ::1], _NUMBERS, _NUMBERS),
+)
+
 
 @cache
-def compile_latent_decode(
-    *,
-    heads: int,
-    nope: int,
-    rope_dim: int,
-    rank: int,
-    value_dim: int,
-    query_rank: int,
-    rope: Rope,
-    kinds: tuple[Kind, ...],
-) -> Callable[..., None]:
+def compile_latent_decode(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callable[..., None]:
     """Norm, projections, norms of latents, rotary embedding, cache, attention to latents (DeepSeek-V2, section 2.1),
     output projection, residual, norm.
 
-    query_rank: of the compressed queries; 0 where queries are projected at once
-    kinds: of the five matrices below
+    kinds: of the six matrices below
 
     It runs without the GIL. Arguments, for T rows with one new token each:
         hidden        float32 [T, H]
@@ -39,25 +38,26 @@ def compile_latent_decode(
         layer_norms   float32 [2, H]: weights of the norms before attention and after
         layer_epsilons  float32 [2]: theirs
         query_norm, latent_norm  float32 [query_rank], [rank];  their epsilons, float32 [2]
-        matrices      int64 [5, 3, heads]: addresses of panels, scales and biases of (queries, or their latents, above
-                      latents and rotary keys), of (queries from their latents), of W_UK and of W_UV of each head, and
-                      of the output projection; one each but for W_UK and W_UV
-        panels        int64 [5]: of each (of one head's W_UK and W_UV)
+        matrices      int64 [6, 3, heads]: addresses of panels, scales and biases of (queries, or their latents, above
+                      latents and rotary keys), of (queries from their latents), of W_UK and of W_UV of each head, of
+                      the output projection, and of all W_UK and W_UV as published; one each but for the third and
+                      fourth
+        panels        int64 [6]: of each (of one head's W_UK and W_UV)
         layer         where in the cache
         scale         of the scores
         cos, sin      float32 [T, at least rope_dim / 2]
         latents       float32 [layers, slots, 1, C, rank + rope_dim]
         slots, positions  int64 [T]: where the new rows belong
         projected, expanded  float32 [T, whole panels] each, to work in; the second unused where query_rank is 0
-        absorbed, summed, values  float32 [T, heads, rank + rope_dim], [T, heads, rank], [T, heads * value_dim], to
-                      work in
-        out           float32 [T, whole panels], to work in
+        values, out   float32 [T, heads * value_dim], [T, whole panels], to work in
+        absorbed, summed  float32 [T, heads, rank + rope_dim], [T, heads, rank], to work in
+        half          1: up to the cache, 2: from there, in the same memory; 0: all
     """
-    into, from_latents, absorb, expand, onto = (compile_matmul(name, biased=biased) for name, biased in kinds)
-    attend_one, rotate_one = attend(rank + rope_dim, rank), rotate(rope, rope_dim)
-    query_dim, row_dim = nope + rope_dim, rank + rope_dim
-    # Where the latents begin in a row of `projected`.
-    before = query_rank or heads * query_dim
+    read, add = read_tokens(shape, *kinds[:2]), add_attention(shape, kinds[4])
+    absorb, expand = (compile_matmul(name, biased=biased) for name, biased in kinds[2:4])
+    heads, nope, rope_dim, rank, value_dim = shape.heads, shape.nope, shape.rope_dim, shape.rank, shape.value_dim
+    query_dim, row_dim, query_rank = shape.query_dim, shape.row_dim, shape.query_rank
+    attend_one, rotate_one = attend(row_dim, rank), rotate(shape.rope, rope_dim)
 
     def latent_decode(
         hidden: Any,
@@ -79,32 +79,27 @@ def compile_latent_decode(
         positions: Any,
         projected: Any,
         expanded: Any,
-        absorbed: Any,
-        summed: Any,
         values: Any,
         out: Any,
+        absorbed: Any,
+        summed: Any,
+        half: Any,
     ) -> None:
-        num_rows, hidden_size = hidden.shape
+        num_rows = hidden.shape[0]
         starts = np.array([0, num_rows])
         queries = expanded if query_rank else projected
-        normalise_rows(hidden, layer_norms[0], layer_epsilons[0], mlp_in)
-        projected_bytes, query_bytes = projected.shape[1] * 4, queries.shape[1] * 4
-        into(
-            *(matrices[0, 0, :1], matrices[0, 1, :1], matrices[0, 2, :1], starts, panels[0], hidden_size),
-            *(mlp_in.ctypes.data, hidden_size * 4, projected.ctypes.data, projected_bytes),
-        )
-        if query_rank:
-            for row in range(num_rows):
-                normalise(projected[row, :query_rank], query_norm, epsilons[0])
-            from_latents(
-                *(matrices[1, 0, :1], matrices[1, 1, :1], matrices[1, 2, :1], starts, panels[1], query_rank),
-                *(projected.ctypes.data, projected_bytes, queries.ctypes.data, query_bytes),
+        if half != 2:
+            read(
+                *(hidden, mlp_in, layer_norms[0], layer_epsilons[0], query_norm, latent_norm, epsilons),
+                *(matrices, panels, layer, cos, sin, latents, slots, positions, projected, queries),
             )
+        if half == 1:
+            return
         for head in range(heads):
             one = slice(head, head + 1)
             absorb(
                 *(matrices[2, 0, one], matrices[2, 1, one], matrices[2, 2, one], starts, panels[2], nope),
-                *(queries.ctypes.data + head * query_dim * 4, query_bytes),
+                *(queries.ctypes.data + head * query_dim * 4, queries.shape[1] * 4),
                 *(absorbed.ctypes.data + head * row_dim * 4, heads * row_dim * 4),
             )
         longest = 0
@@ -112,10 +107,6 @@ def compile_latent_decode(
             longest = max(longest, positions[row] + 1)
         scores = np.empty((heads, longest), np.float32)
         for row in range(num_rows):
-            new = latents[layer, slots[row], 0, positions[row]]
-            new[:rank] = projected[row, before : before + rank]
-            normalise(new[:rank], latent_norm, epsilons[1])
-            rotate_one(projected[row, before + rank : before + row_dim], cos[row], sin[row], new[rank:])
             for head in range(heads):
                 first = head * query_dim + nope
                 rotate_one(queries[row, first : first + rope_dim], cos[row], sin[row], absorbed[row, head, rank:])
@@ -128,20 +119,7 @@ def compile_latent_decode(
                 *(summed.ctypes.data + head * rank * 4, heads * rank * 4),
                 *(values.ctypes.data + head * value_dim * 4, heads * value_dim * 4),
             )
-        onto(
-            *(matrices[4, 0, :1], matrices[4, 1, :1], matrices[4, 2, :1], starts, panels[4], heads * value_dim),
-            *(values.ctypes.data, heads * value_dim * 4, out.ctypes.data, out.shape[1] * 4),
-        )
-        add_rows(hidden, out, residual)
-        normalise_rows(residual, layer_norms[1], layer_epsilons[1], mlp_in)
+        add(hidden, values, matrices[4], panels[4], out, residual, layer_norms[1], layer_epsilons[1], mlp_in)
 
-    matrix, cube, vector = types.float32[:, ::1], types.float32[:, :, ::1], types.float32[::1]
-    numbers, addresses = types.int64[::1], types.int64[:, :, ::1]
-    signature = types.void(
-        *(matrix, matrix, matrix, matrix, vector, vector, vector, vector),
-        *(addresses, numbers, types.int64, types.float32),
-        *(matrix, matrix, types.float32[:, :, :, :, ::1], numbers, numbers),
-        *(matrix, matrix, cube, cube, matrix, matrix),
-    )
-    variant = heads, nope, rope_dim, rank, value_dim, query_rank, rope, kinds
-    return compiled(latent_decode, signature, variant=variant, error_model="numpy")
+    signature = types.void(*COMMON, *[_MATRIX] * 4, _CUBE, _CUBE, types.int64)
+    return compiled(latent_decode, signature, variant=(shape, kinds), error_model="numpy")
