@@ -182,7 +182,7 @@ def _prefill(
     arena, index = span.slot.arena, span.slot.index
     key_HLD = arena.key[layer, index, :, : span.end]
     value_HLV = arena.value[layer, index, :, : span.end]
-    absorbed = latent is not None and not latent.expand_is_cheaper(query_HTD.shape[1])
+    absorbed = latent is not None and not latent.expand_is_cheaper(query_HTD.shape[1], span.end)
     if latent is not None:
         if absorbed:
             query_HTD = latent.absorb(query_HTD)

@@ -17,7 +17,7 @@ from cluster.serving.kv_cache import Arena, Slot
 
 Shapes = tuple[tuple[int, ...], ...]
 # Rows that one thread computes, whether they are a prompt's to expand, and what compiled code needs to know of them.
-DecodePiece = tuple[slice, bool, tuple[Any, ...]]
+LayerPiece = tuple[slice, bool, tuple[Any, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +115,7 @@ class PrefillSpan:
 class AttentionBatch:
     """The step's layout. `order` says which chunk comes where: chunks[order[0]] has the first rows.
 
-    decode_stages: what `cluster.serving.decode_layer` prepares once for all layers that work in the same shapes
+    layer_stages: what `cluster.serving.compiled_layer` prepares once for all layers that work in the same shapes
     seconds: time spent on attention so far
     """
 
@@ -132,7 +132,7 @@ class AttentionBatch:
         self.decode_groups: list[DecodeGroup] = []
         self.prefill_spans: list[PrefillSpan] = []
         self.num_tokens = 0
-        self.decode_stages: dict[Shapes, list[list[DecodePiece]]] = {}
+        self.layer_stages: dict[Shapes, list[list[LayerPiece]]] = {}
         self.seconds = 0.0
         for key, members in singles.items():
             if members:

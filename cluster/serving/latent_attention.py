@@ -1,9 +1,9 @@
 """Multi-head latent attention over cached latents (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
 The cache holds one row `[c_kv, k_rope]` a token. Scores against many cached tokens are cheapest without expanding
-them: W_UK is absorbed into the query and W_UV applied to the summed latents. A long chunk of a prompt is cheaper the
-other way: expand the latents once, then attend with small heads. Both are exact; `expand_is_cheaper` counts
-multiplications.
+them: W_UK is absorbed into the query and W_UV applied to the summed latents. A prompt's beginning, or a long chunk of
+it, is cheaper the other way: expand the latents once, then attend with small heads. Both are exact;
+`expand_is_cheaper` counts multiplications.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ class LatentProjections:
         self.up_key_HNR = per_head[:, : self.nope]
         self.up_value_HRV = per_head[:, self.nope :].transpose(1, 2)
 
-    def expand_is_cheaper(self, num_queries: int) -> bool:
-        """Whether expanding every cached token costs less than what it saves on `num_queries` scores and sums."""
+    def expand_is_cheaper(self, num_queries: int, num_cached: int) -> bool:
+        """Whether expanding `num_cached` tokens, the queries' own among them, costs less than absorbing the queries and
+        what is saved on their scores and sums."""
         saved = (2 * self.rank + self.rope) - (self.nope + self.rope + self.value_dim)
-        return num_queries * saved > self.rank * (self.nope + self.value_dim)
+        one = self.rank * (self.nope + self.value_dim)  # expanding a token, or absorbing a query
+        return (num_cached - num_queries) * one < num_queries * num_cached * saved
 
     def absorb(self, query_HTD: torch.Tensor) -> torch.Tensor:
         """Queries that score against latents: [heads, T, kv_lora_rank + qk_rope_head_dim]."""

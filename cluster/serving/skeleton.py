@@ -24,10 +24,10 @@ from cluster.serving import attention, moe_block
 from cluster.serving.attention_batch import AttentionBatch
 from cluster.serving.compiled_mlp import compile_mlps
 from cluster.serving.compiled_norm import compile_norms
-from cluster.serving.grouped_query_decode import GroupedQueryDecode
+from cluster.serving.grouped_query_layer import GroupedQueryLayer
 from cluster.serving.kv_cache import KVLayout
 from cluster.serving.latent_attention import LatentProjections
-from cluster.serving.latent_decode import LatentDecode
+from cluster.serving.latent_layer import LatentLayer
 from cluster.serving.model_config import model_config
 from cluster.serving.moe_block import ExpertRouter, MoeBlock, RouterConnection
 from cluster.serving.packed_linear import pack_linears
@@ -107,7 +107,7 @@ def load_skeleton(source: Checkpoint | str | Path, *, dtype: torch.dtype, device
         pack_linears(model, team)
         compile_norms(model)
         compile_mlps(model, team)
-        _compile_decode_steps(model, team)
+        _compile_layers(model, team)
     return ModelSkeleton(
         model,
         gates=_gates(model, raw_config),
@@ -203,11 +203,11 @@ def _widen_fp8(weight_NK: torch.Tensor, scale: torch.Tensor, block: Sequence[int
     return weight_NK.float() * scale_NK
 
 
-def _compile_decode_steps(model: nn.Module, team: ThreadTeam) -> None:
+def _compile_layers(model: nn.Module, team: ThreadTeam) -> None:
     """Put compiled layers in the place of those that they fit; what they are made of is compiled already."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            for kind in (GroupedQueryDecode, LatentDecode):
+            for kind in (GroupedQueryLayer, LatentLayer):
                 if kind.fits(child):
                     setattr(module, name, kind(child, team))
 

@@ -1,4 +1,4 @@
-"""Parts of a decode step, compiled for this machine's CPU."""
+"""What a decoder layer does beside its MLP, compiled for this machine's CPU."""
 
 from experts.ops._numba.object_cache import remember_sources
 

@@ -38,7 +38,7 @@ class LatentShape:
 
 @cache
 def read_tokens(shape: LatentShape, into_kind: Kind, from_latents_kind: Kind) -> Callable[..., None]:
-    """Norm, projections, norms of latents, rotary embedding of keys, cache; see `compile_latent_decode`.
+    """Norm, projections, norms of latents, rotary embedding of keys, cache; see `compile_latent`.
 
     What is left of the arguments' queries are their rotary parts, not yet turned.
     """
@@ -95,7 +95,7 @@ def read_tokens(shape: LatentShape, into_kind: Kind, from_latents_kind: Kind) ->
 
 @cache
 def add_attention(shape: LatentShape, onto_kind: Kind) -> Callable[..., None]:
-    """Output projection of `values`, residual, norm; see `compile_latent_decode`."""
+    """Output projection of `values`, residual, norm; see `compile_latent`."""
     onto = compile_matmul(onto_kind[0], biased=onto_kind[1])
     values_dim = shape.heads * shape.value_dim
 

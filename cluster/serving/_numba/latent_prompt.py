@@ -1,4 +1,4 @@
-"""A layer with latent attention, up to its MLP, of a prompt's tokens, compiled for this machine's CPU."""
+"""A layer with latent attention, up to its MLP, for a prompt's tokens at once, compiled for this machine's CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numba import types
 
 from cluster.serving._numba.attend import attend
-from cluster.serving._numba.latent_decode import COMMON
+from cluster.serving._numba.latent import COMMON
 from cluster.serving._numba.latent_parts import LatentShape, add_attention, read_tokens
 from cluster.serving._numba.norm_and_rope import rotate
 from experts.ops._numba.object_cache import compiled
@@ -22,7 +22,7 @@ _BLOCK = 8
 
 @cache
 def compile_latent_prompt(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callable[..., None]:
-    """As `compile_latent_decode`, for T tokens of one sequence that follow each other, with keys and values expanded.
+    """As `compile_latent`, for T tokens of one sequence that follow each other, with keys and values expanded.
 
     It runs without the GIL. Arguments as there up to `out`, and instead of the last three:
         pairs   float32 [L, whole panels]: keys, without their rotary parts, and values of the sequence's L positions so

@@ -39,5 +39,6 @@ def test_absorbing_equals_expanding() -> None:
 
 def test_long_chunks_expand() -> None:
     latent = projections()
-    assert not latent.expand_is_cheaper(1)
-    assert latent.expand_is_cheaper(1000)
+    assert not latent.expand_is_cheaper(1, 500)
+    assert latent.expand_is_cheaper(1000, 1000)
+    assert latent.expand_is_cheaper(2, 2)  # a prompt's beginning: absorbing would be as much work

@@ -1,4 +1,4 @@
-"""A decode step of a layer with multi-head latent attention on the CPU."""
+"""A layer with multi-head latent attention on the CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cluster.serving.decode_layer import DecodeLayer, Expansion, has_compiled_norms
+from cluster.serving.compiled_layer import CompiledLayer, Expansion, has_compiled_norms
 from cluster.serving.kv_cache import Arena
 from cluster.serving.packed_linear import PackedLinear, can_join, join_layers
 from experts.ops.cpu_threads import ThreadTeam
@@ -20,16 +20,15 @@ if TYPE_CHECKING:
 _FAMILIES = {"DeepseekV2DecoderLayer", "DeepseekV3DecoderLayer"}
 
 
-class LatentDecode(DecodeLayer):
-    """See DecodeLayer, and `cluster.serving.latent_attention` for what is absorbed or expanded."""
+class LatentLayer(CompiledLayer):
+    """See CompiledLayer, and `cluster.serving.latent_attention` for what is absorbed or expanded."""
 
-    # Their keys and values, those of a head, stay in a core's second cache.
-    most_prompt = 256
-    whole, halves = (0,), ((1,), (2,))
+    # Longer ones lose to a fused attention over all heads.
+    most_prompt = 1024
 
     def __init__(self, layer: Any, team: ThreadTeam) -> None:
         # Loads LLVM, which a GPU's process does not need.
-        from cluster.serving._numba.latent_decode import compile_latent_decode
+        from cluster.serving._numba.latent import compile_latent
         from cluster.serving._numba.latent_parts import LatentShape
         from cluster.serving._numba.latent_prompt import compile_latent_prompt
 
@@ -71,7 +70,7 @@ class LatentDecode(DecodeLayer):
         super().__init__(
             layer,
             team,
-            compiled=compile_latent_decode(shape, kinds),
+            compiled=compile_latent(shape, kinds),
             constants=(
                 *(query_norm.weight.numpy(), norm.weight.numpy()),
                 np.array([query_norm.variance_epsilon, norm.variance_epsilon], np.float32),
@@ -90,7 +89,7 @@ class LatentDecode(DecodeLayer):
 
     @staticmethod
     def fits(layer: Any) -> bool:
-        """Whether a module's decode steps can be computed here."""
+        """Whether a module can be computed here."""
         if type(layer).__name__ not in _FAMILIES or not has_compiled_norms(layer):
             return False
         attention = layer.self_attn
@@ -110,7 +109,7 @@ class LatentDecode(DecodeLayer):
     def _angles(position_embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(position_embeddings, torch.Tensor):  # DeepSeek-V2's are complex numbers
             return position_embeddings.real, position_embeddings.imag
-        return DecodeLayer._angles(position_embeddings)
+        return CompiledLayer._angles(position_embeddings)
 
 
 def _rope(layer: Any) -> Rope:

@@ -1,7 +1,8 @@
-"""A decode step of a decoder layer as one call up to its MLP, on the CPU.
+"""A step of a decoder layer as one call up to its MLP, on the CPU.
 
-At a step of one token a sequence, a family's own modules spend their time between some forty operators. Steps that also
-hold a prompt's tokens go through them as ever, but for short prompts where their tokens, one by one, are no more work.
+At a step of one token a sequence, a family's own modules spend their time between some forty operators, and with
+prompts in passing memory from one to the next. Long prompts are left to them: their attention is best computed for all
+heads and tokens at once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cluster.serving.attention_batch import AttentionBatch, DecodePiece, Shapes
+from cluster.serving.attention_batch import AttentionBatch, LayerPiece, Shapes
 from cluster.serving.compiled_norm import CompiledNorm
 from cluster.serving.kv_cache import Arena
 from experts.ops.cpu_threads import ThreadTeam
@@ -26,20 +27,23 @@ from experts.ops.cpu_threads import ThreadTeam
 _SHARED_ROWS = 4
 # Rows that the caller is done with before the others are awake, but not more than so large a part of all.
 _ROWS_AHEAD, _PART_AHEAD = 2, 8
+# What a compiled function gets last, to compute all of a layer, or one half and then the other: up to the cache, which
+# later tokens of a prompt read, and from there.
+_WHOLE, _FIRST_HALF, _SECOND_HALF = 0, 1, 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Expansion:
     """Another way to compute a prompt's tokens: all at once, from what is made of every position before.
 
-    compiled:  a function like DecodeLayer's; before what says which half it is, it gets [positions so far, columns]
+    compiled:  a function like CompiledLayer's; before what says which half it is, it gets [positions so far, columns]
                that all parts of a prompt share, and the position from which on a part is to fill them
-    pays:      whether it does for so many tokens
+    pays:      whether it does for so many tokens, of so many positions
     work:      the shapes of what it works in, but for the rows
     """
 
     compiled: Callable[..., None]
-    pays: Callable[[int], bool]
+    pays: Callable[[int, int], bool]
     work: Shapes
     columns: int
 
@@ -69,8 +73,8 @@ class _Part:
             )
 
 
-class DecodeLayer(nn.Module, ABC):
-    """In place of a family's decoder layer, which it keeps for prompts.
+class CompiledLayer(nn.Module, ABC):
+    """In place of a family's decoder layer, which it keeps for long prompts.
 
     compiled:  writes hidden states after attention, and what the MLP gets; its arguments are a step's rows, the layer's
                norms, `constants`, and what all layers of a step share, see `_stages`
@@ -81,10 +85,6 @@ class DecodeLayer(nn.Module, ABC):
 
     # Prompts that reach further are the family's.
     most_prompt = 0
-    # What the compiled function gets last, to compute all of a layer, or one half and then the other: up to the cache,
-    # which a prompt's later tokens read, and from there.
-    whole: tuple[int, ...] = ()
-    halves: tuple[tuple[int, ...], ...] = ()
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class DecodeLayer(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def fits(layer: Any) -> bool:
-        """Whether a module's decode steps can be computed here."""
+        """Whether a module can be computed here."""
 
     @staticmethod
     @abstractmethod
@@ -134,9 +134,9 @@ class DecodeLayer(nn.Module, ABC):
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """hidden_states: float32 [1, T, H], same shape back; for the rest see transformers' decoder layers."""
         batch: AttentionBatch = arguments["attention_batch"]
-        stages = batch.decode_stages.get(self._shapes)
+        stages = batch.layer_stages.get(self._shapes)
         if stages is None:
-            stages = batch.decode_stages[self._shapes] = self._stages(batch, arguments["position_embeddings"])
+            stages = batch.layer_stages[self._shapes] = self._stages(batch, arguments["position_embeddings"])
         if not stages:
             output: torch.Tensor = self.layer(hidden_states, team=self._team, **arguments)
             return output
@@ -148,7 +148,7 @@ class DecodeLayer(nn.Module, ABC):
 
         for pieces in stages:
 
-            def run(index: int, pieces: list[DecodePiece] = pieces) -> None:
+            def run(index: int, pieces: list[LayerPiece] = pieces) -> None:
                 rows, expands, shared = pieces[index]
                 both[expands](hidden_TH[rows], residual_TH[rows], mlp_in_TH[rows], *constants, *shared)
 
@@ -157,23 +157,24 @@ class DecodeLayer(nn.Module, ABC):
         residual_1TH, mlp_in_1TH = both_21TH.unbind()
         return residual_1TH.add_(self.mlp(mlp_in_1TH))
 
-    def _stages(self, batch: AttentionBatch, position_embeddings: Any) -> list[list[DecodePiece]]:
+    def _stages(self, batch: AttentionBatch, position_embeddings: Any) -> list[list[LayerPiece]]:
         """What a thread computes at a time: which rows, and their cosines, sines, caches, slots, positions and work.
 
         One stage after the other; none for steps that are the family's.
         """
         if any(span.end > self.most_prompt for span in batch.prefill_spans):
             return []
-        parts, stages = [*self._parts(batch)], [self.whole]
+        parts, halves = [*self._parts(batch)], [_WHOLE]
         if batch.prefill_spans and len(parts) < self._team.num_threads:
-            parts, stages = [cut for part in parts for cut in part.cut(self._team.num_threads)], [*self.halves]
+            parts = [cut for part in parts for cut in part.cut(self._team.num_threads)]
+            halves = [_FIRST_HALF, _SECOND_HALF]
         cos_TD, sin_TD = (each[0].contiguous().numpy() for each in self._angles(position_embeddings))
         assert cos_TD.shape[1] >= self._rope_dim // 2  # compiled code looks at no bounds
         pieces = [
             (part.rows, part.pairs_LC is not None, (cos_TD[part.rows], sin_TD[part.rows], *self._arguments(part)))
             for part in parts
         ]
-        return [[(rows, expands, (*shared, *stage)) for rows, expands, shared in pieces] for stage in stages]
+        return [[(rows, expands, (*shared, half)) for rows, expands, shared in pieces] for half in halves]
 
     def _arguments(self, part: _Part) -> Iterator[Any]:
         for tensor in (*self._caches(part.arena), part.slots_T, part.positions_T):
@@ -198,13 +199,15 @@ class DecodeLayer(nn.Module, ABC):
                 )
         for span in batch.prefill_spans:  # uncut: a token looks at those before it
             positions_T = torch.arange(span.begin, span.end)
-            expansion = self._expansion if self._expansion and self._expansion.pays(len(positions_T)) else None
+            expansion = self._expansion
+            if expansion is not None and not expansion.pays(len(positions_T), span.end):
+                expansion = None
             yield _Part(
                 arena=span.slot.arena,
                 rows=slice(span.start, span.stop),
                 slots_T=torch.full_like(positions_T, span.slot.index),
                 positions_T=positions_T,
-                pairs_LC=torch.empty(span.end, expansion.columns) if expansion else None,
+                pairs_LC=None if expansion is None else torch.empty(span.end, expansion.columns),
             )
 
 

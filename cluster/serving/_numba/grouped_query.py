@@ -1,4 +1,4 @@
-"""A decode step's layer with grouped-query attention, up to its MLP, as one function compiled for this CPU."""
+"""A layer with grouped-query attention, up to its MLP, token by token, as one function compiled for this CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experts.ops._numba.packed_matmul import Kind, compile_matmul
 
 
 @cache
-def compile_grouped_query_decode(
+def compile_grouped_query(
     *, heads: int, kv_heads: int, head_dim: int, normed: bool, into: Kind, onto: Kind
 ) -> Callable[..., None]:
     """Norm, projections, norms of queries and keys where `normed`, rotary embedding (halves), cache, attention, output
@@ -45,7 +45,7 @@ def compile_grouped_query_decode(
     rotate_one = rotate("halves", head_dim)
     group = heads // kv_heads
 
-    def grouped_query_decode(
+    def grouped_query(
         hidden: Any,
         residual: Any,
         mlp_in: Any,
@@ -122,4 +122,4 @@ def compile_grouped_query_decode(
         *(matrix, matrix, cache_, cache_, numbers, numbers, matrix, matrix, matrix, whole),
     )
     variant = heads, kv_heads, head_dim, normed, into, onto
-    return compiled(grouped_query_decode, signature, variant=variant, error_model="numpy")
+    return compiled(grouped_query, signature, variant=variant, error_model="numpy")

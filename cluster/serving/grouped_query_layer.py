@@ -1,4 +1,4 @@
-"""A decode step of a layer with grouped-query attention on the CPU."""
+"""A layer with grouped-query attention on the CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.serving.decode_layer import DecodeLayer, has_compiled_norms
+from cluster.serving.compiled_layer import CompiledLayer, has_compiled_norms
 from cluster.serving.kv_cache import Arena
 from cluster.serving.packed_linear import PackedLinear, can_join, join_layers
 from experts.ops.cpu_threads import ThreadTeam
@@ -18,16 +18,15 @@ _FAMILIES = {"MixtralDecoderLayer", "Qwen3MoeDecoderLayer"}
 _NO_WINDOW = 1 << 62
 
 
-class GroupedQueryDecode(DecodeLayer):
-    """See DecodeLayer."""
+class GroupedQueryLayer(CompiledLayer):
+    """See CompiledLayer."""
 
-    # Their keys and values stay in a core's second cache.
-    most_prompt = 256
-    whole, halves = (0,), ((1,), (2,))
+    # Their keys and values stay in a core's second cache; longer ones lose to a fused attention.
+    most_prompt = 512
 
     def __init__(self, layer: Any, team: ThreadTeam) -> None:
         # Loads LLVM, which a GPU's process does not need.
-        from cluster.serving._numba.grouped_query_decode import compile_grouped_query_decode
+        from cluster.serving._numba.grouped_query import compile_grouped_query
 
         attention = layer.self_attn
         into, onto = join_layers(attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj.matrix
@@ -38,7 +37,7 @@ class GroupedQueryDecode(DecodeLayer):
         if norm is not None:
             norms = np.stack([norm.weight.numpy(), attention.k_norm.weight.numpy()])
             epsilon = norm.variance_epsilon
-        compiled = compile_grouped_query_decode(
+        compiled = compile_grouped_query(
             heads=heads,
             kv_heads=attention.k_proj.out_features // head_dim,
             head_dim=head_dim,
@@ -63,7 +62,7 @@ class GroupedQueryDecode(DecodeLayer):
 
     @staticmethod
     def fits(layer: Any) -> bool:
-        """Whether a module's decode steps can be computed here."""
+        """Whether a module can be computed here."""
         if type(layer).__name__ not in _FAMILIES or not has_compiled_norms(layer):
             return False
         attention = layer.self_attn

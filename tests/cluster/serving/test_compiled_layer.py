@@ -1,4 +1,4 @@
-"""Compiled decode steps against the families' own layers, eager and in float64."""
+"""Compiled layers against the families' own layers, eager and in float64."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from cluster.serving.attention import StepCache
 from cluster.serving.attention_batch import AttentionBatch, Chunk
+from cluster.serving.compiled_layer import CompiledLayer
 from cluster.serving.compiled_mlp import compile_mlps
 from cluster.serving.compiled_norm import compile_norms
-from cluster.serving.decode_layer import DecodeLayer
-from cluster.serving.grouped_query_decode import GroupedQueryDecode
+from cluster.serving.grouped_query_layer import GroupedQueryLayer
 from cluster.serving.kv_cache import KVCache, KVLayout, Slot
 from cluster.serving.latent_attention import LatentProjections
-from cluster.serving.latent_decode import LatentDecode
+from cluster.serving.latent_layer import LatentLayer
 from cluster.serving.packed_linear import pack_linears
 from experts.ops.cpu_threads import ThreadTeam
 
@@ -43,7 +43,7 @@ _COMMON = {
 _LATENT = {
     **_COMMON,
     "num_key_value_heads": 4,
-    "kv_lora_rank": 96,  # prompts of 40 tokens and more have keys and values expanded
+    "kv_lora_rank": 96,
     "qk_rope_head_dim": 32,
     "qk_nope_head_dim": 24,
     "v_head_dim": 32,
@@ -113,9 +113,9 @@ class Layer:
         pack_linears(parent, team)
         compile_norms(parent)
         compile_mlps(parent, team)
-        kind = LatentDecode if latent else GroupedQueryDecode
+        kind = LatentLayer if latent else GroupedQueryLayer
         assert kind.fits(layer)
-        self.ours: DecodeLayer = kind(layer, team)
+        self.ours: CompiledLayer = kind(layer, team)
         layout = KVLayout(
             num_layers=2,
             num_kv_heads=1 if latent else config.num_key_value_heads,
@@ -244,6 +244,7 @@ def test_steps_with_prompts(case: str, longest: int, num_threads: int) -> None:
     slots[5], hidden[5] = whole, hidden[5][:longest]
     asked = []
     layer.ours.layer.register_forward_pre_hook(lambda *_: asked.append(1))
+    layer.ours.most_prompt = 256
     chunks = [Chunk(slot=slots[which], num_tokens=new) for which, new in rows.items()]
     got_TH = layer.step(layer.ours, chunks, [hidden[which][-new:] for which, new in rows.items()])
     expected = [
@@ -252,14 +253,14 @@ def test_steps_with_prompts(case: str, longest: int, num_threads: int) -> None:
         for token in range(new)
     ]
     torch.testing.assert_close(got_TH.double(), torch.stack(expected), atol=2e-5, rtol=1e-4)
-    assert bool(asked) == (longest == 300)
+    assert bool(asked) == (longest == 300)  # the family's own
 
 
 @pytest.mark.parametrize("case", ["mixtral", "mixtral window", "qwen3", "deepseek-v2", "deepseek-v3 compressed"])
 def test_a_lone_prompt_is_shared_by_all_threads(case: str) -> None:
     asked: list[int] = []
     for num_threads in (1, 2, 3):
-        for read, length in ((0, 40), (7, 33), (11, 47), (0, 2)):
+        for read, length in ((0, 40), (7, 33), (30, 3), (0, 2)):  # of latents, the third's are not expanded
             layer, hidden_TH = Layer(case, num_threads), sequences()[3]
             slot = layer.slot_with(hidden_TH[:read])
             layer.ours.layer.register_forward_pre_hook(lambda *_: asked.append(1))
@@ -277,10 +278,10 @@ def test_other_layers_are_left_alone() -> None:
     mixtral = nn.ModuleList([modeling_mixtral.MixtralDecoderLayer(CASES["mixtral"][1], 0)])
     for parent in (olmoe, mixtral):
         compile_norms(parent.requires_grad_(False))
-        assert not GroupedQueryDecode.fits(parent[0])  # Mixtral's is not packed
+        assert not GroupedQueryLayer.fits(parent[0])  # Mixtral's is not packed
         pack_linears(parent, ThreadTeam(1))
-    assert not GroupedQueryDecode.fits(olmoe[0])
-    assert GroupedQueryDecode.fits(mixtral[0])
-    assert not LatentDecode.fits(mixtral[0])
+    assert not GroupedQueryLayer.fits(olmoe[0])
+    assert GroupedQueryLayer.fits(mixtral[0])
+    assert not LatentLayer.fits(mixtral[0])
     mixtral[0].post_attention_layernorm = nn.LayerNorm(HIDDEN)
-    assert not GroupedQueryDecode.fits(mixtral[0])
+    assert not GroupedQueryLayer.fits(mixtral[0])

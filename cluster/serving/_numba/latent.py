@@ -1,4 +1,4 @@
-"""A decode step's layer with latent attention, up to its MLP, as one function compiled for this machine's CPU."""
+"""A layer with latent attention, up to its MLP, token by token, as one function compiled for this machine's CPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMON = (
 
 
 @cache
-def compile_latent_decode(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callable[..., None]:
+def compile_latent(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callable[..., None]:
     """Norm, projections, norms of latents, rotary embedding, cache, attention to latents (DeepSeek-V2, section 2.1),
     output projection, residual, norm.
 
@@ -59,7 +59,7 @@ def compile_latent_decode(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callab
     query_dim, row_dim, query_rank = shape.query_dim, shape.row_dim, shape.query_rank
     attend_one, rotate_one = attend(row_dim, rank), rotate(shape.rope, rope_dim)
 
-    def latent_decode(
+    def latent(
         hidden: Any,
         residual: Any,
         mlp_in: Any,
@@ -122,4 +122,4 @@ def compile_latent_decode(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callab
         add(hidden, values, matrices[4], panels[4], out, residual, layer_norms[1], layer_epsilons[1], mlp_in)
 
     signature = types.void(*COMMON, *[_MATRIX] * 4, _CUBE, _CUBE, types.int64)
-    return compiled(latent_decode, signature, variant=(shape, kinds), error_model="numpy")
+    return compiled(latent, signature, variant=(shape, kinds), error_model="numpy")
