@@ -16,7 +16,7 @@ import torch
 
 from router_service.counters import RouterCounters
 from router_service.dispatch import SplitRows
-from router_service.gating.compiled_gate import MOST_TOKENS, CompiledGate
+from router_service.gating.compiled_gate import CompiledGate
 from router_service.gating.gate import Gate
 from router_service.replica_choice import ReplicaChoice
 from router_service.sender import NodeFlight, Sender
@@ -25,6 +25,8 @@ from router_service.table_view import TableView
 from router_service.transport.grpc_stream import GrpcTransport
 
 _NONE: IntArray = np.empty(0, np.int32)
+# The messages of more are too long to be copied twice.
+_MOST_TOKENS = 64
 # What surrounds the numbers of a message is shorter.
 _FRAME_BYTES = 128
 
@@ -86,7 +88,7 @@ class SmallBatches:
         num_tokens = len(hidden_TH)
         if (
             here is None
-            or not num_tokens
+            or not 0 < num_tokens <= _MOST_TOKENS
             or not here.gate.takes(hidden_TH)
             or not self._transport.takes_message(hidden_TH.nbytes)
             or self._replicas.unreachable(view)
@@ -99,7 +101,7 @@ class SmallBatches:
         if len(work.messages) < room:
             work.messages = np.empty(room, np.uint8)
         if work.logits_TP.shape[1] != logits.num_columns:
-            work.logits_TP = np.empty((MOST_TOKENS, logits.num_columns), np.float32)
+            work.logits_TP = np.empty((_MOST_TOKENS, logits.num_columns), np.float32)
         split = SplitRows.of(here.index, num_rows)
         call_ids, ends_G = self._transport.call_ids(num_groups), np.empty(num_groups, np.int64)
         here.run(

@@ -1,4 +1,4 @@
-"""A gate of a few tokens, from hidden states to experts and weights, compiled for this machine's CPU."""
+"""A gate, from hidden states to experts and weights, compiled for this machine's CPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import numpy as np
 from numba import types
 
 from experts.ops._numba.activations import exp
-from experts.ops._numba.object_cache import compiled, part
+from experts.ops._numba.object_cache import SUMS, compiled, part
 from experts.ops._numba.packed_matmul import Kind, compile_matmul
+
+# Below every rank.
+_TAKEN = np.iinfo(np.int64).min
 
 
 @part(())
@@ -20,31 +23,48 @@ def _exp(x: Any) -> Any:
 
 
 @part(())
-def _is_above(value: Any, other: Any) -> Any:
-    """The order that `torch.topk` has: NaN before all numbers."""
-    return value > other or (value != value and other == other)
+def _rank(values: Any, ranks: Any) -> None:
+    """Integers in the order that `torch.topk` has, NaN before all numbers, and of equals the first above the others.
+
+    The highest of integers is found in vectors.
+    """
+    bits, last = values.view(np.int32), len(values) - 1
+    for i in range(len(values)):
+        # The bits of floats below zero have the opposite order, and both zeros are equal.
+        rank = bits[i] ^ ((bits[i] >> 31) & 0x7FFFFFFF)
+        rank = 0 if values[i] == 0 else rank
+        rank = rank if values[i] == values[i] else 0x7FFFFFFF
+        ranks[i] = (np.int64(rank) << 32) | (last - i)
 
 
 @part(())
-def _take_best(values: Any, taken: Any) -> Any:
-    """The first of the best that are not yet taken, and takes it."""
-    best = -1
-    for i in range(len(values)):
-        if not taken[i] and (best < 0 or _is_above(values[i], values[best])):
-            best = i
-    taken[best] = True
+def _take_best(ranks: Any, begin: Any, end: Any) -> Any:
+    """Where in [begin, end) the highest rank is, which is the lowest from then on."""
+    highest = ranks[begin]
+    for i in range(begin + 1, end):
+        highest = max(highest, ranks[i])
+    best = len(ranks) - 1 - (highest & 0xFFFFFFFF)
+    ranks[best] = _TAKEN
     return best
+
+
+@part((), fastmath=SUMS)
+def _sum(values: Any) -> Any:
+    total = np.float32(0)
+    for i in range(len(values)):
+        total += values[i]
+    return total
 
 
 @part(())
 def _softmax(values: Any) -> None:
-    most, total = values[0], np.float32(0)
-    for i in range(1, len(values)):
-        if _is_above(values[i], most):
-            most = values[i]
+    bits, highest = values.view(np.int32), np.iinfo(np.int32).min
+    for i in range(len(values)):
+        highest = max(highest, bits[i] ^ ((bits[i] >> 31) & 0x7FFFFFFF))  # as in `_rank`
+    most = np.int32(highest ^ ((highest >> 31) & 0x7FFFFFFF)).view(np.float32)
     for i in range(len(values)):
         values[i] = _exp(values[i] - most)
-        total += values[i]
+    total = _sum(values)
     for i in range(len(values)):
         values[i] /= total
 
@@ -90,6 +110,8 @@ def compile_choose_experts(
             *(hidden_TH.ctypes.data, hidden_size * 4, logits_TP.ctypes.data, logits_TP.shape[1] * 4),
         )
         choice_E, group_G = np.empty(num_experts, np.float32), np.empty(num_groups, np.float32)
+        ranks_E, ranks_G = np.empty(num_experts, np.int64), np.empty(num_groups, np.int64)
+        open_G = np.empty(num_groups, np.bool_)
         for token in range(num_tokens):
             scores_E = logits_TP[token, :num_experts]
             if score == "softmax":
@@ -102,24 +124,27 @@ def compile_choose_experts(
 
             if group_score is not None:
                 size = num_experts // num_groups
+                _rank(choice_E, ranks_E)
                 for group in range(num_groups):
-                    members, taken = choice_E[group * size : (group + 1) * size], np.zeros(size, np.bool_)
-                    group_G[group] = members[_take_best(members, taken)]
+                    begin, end = group * size, (group + 1) * size
+                    group_G[group] = choice_E[_take_best(ranks_E, begin, end)]
                     if group_score == "best_two":
-                        group_G[group] += members[_take_best(members, taken)]
-                open_G = np.zeros(num_groups, np.bool_)
+                        group_G[group] += choice_E[_take_best(ranks_E, begin, end)]
+                    open_G[group] = False
+                _rank(group_G, ranks_G)
                 for _ in range(best_groups):
-                    _take_best(group_G, open_G)
-                for expert in range(num_experts):
-                    if not open_G[expert // size]:
-                        choice_E[expert] = closed
-                        if closed == 0:
-                            scores_E[expert] = closed
+                    open_G[_take_best(ranks_G, 0, num_groups)] = True
+                for group in range(num_groups):
+                    if not open_G[group]:
+                        for expert in range(group * size, (group + 1) * size):
+                            choice_E[expert] = closed
+                            if closed == 0:
+                                scores_E[expert] = closed
 
-            taken_E = np.zeros(num_experts, np.bool_)
+            _rank(choice_E, ranks_E)
             total = np.float32(0)
             for k in range(top_k):
-                best = _take_best(choice_E, taken_E)
+                best = _take_best(ranks_E, 0, num_experts)
                 expert_ids_TK[token, k] = best
                 weights_TK[token, k] = scores_E[best]
                 total += scores_E[best]

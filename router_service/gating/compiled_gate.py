@@ -1,4 +1,4 @@
-"""A gate of a decode step on the CPU, as one compiled call in place of a dozen operators."""
+"""A gate on the CPU, as one compiled call in place of a dozen operators."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from experts.ops.packed_matmul import PackedMatrix
 from router_service.gating.gate import ChoiceLimit, Gate, GateOutput
 
-# More are done with sooner by operators that share them among cores.
-MOST_TOKENS = 64
+# More are done with sooner by operators, where these have several threads.
+_MOST_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,8 @@ class GateFormula:
 
 
 class CompiledGate:
-    """`gate`, which computes whatever is not a small batch in float32 on the CPU, and without a limit.
+    """`gate`, which still computes large batches where torch has several threads, and all that is limited, not float32
+    or not on a CPU.
 
     constants: what compiled code wants to know after the hidden states, see `compile_choose_experts`
     """
@@ -71,19 +72,14 @@ class CompiledGate:
         self._run = compile_choose_experts(*formula.kind)
 
     def takes(self, hidden_TH: torch.Tensor) -> bool:
-        """Whether a batch is for compiled code."""
-        num_tokens, width = hidden_TH.shape
-        return (
-            num_tokens <= MOST_TOKENS
-            and width == self._width
-            and hidden_TH.dtype is torch.float32
-            and hidden_TH.device.type == "cpu"
-        )
+        """Whether compiled code can compute a batch."""
+        return hidden_TH.shape[1] == self._width and hidden_TH.dtype is torch.float32 and hidden_TH.device.type == "cpu"
 
     def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
-        if limit is not None or not self.takes(hidden_TH):
-            return self.gate(hidden_TH, limit)
         num_tokens = len(hidden_TH)
+        few = num_tokens <= _MOST_TOKENS or torch.get_num_threads() == 1
+        if limit is not None or not few or not self.takes(hidden_TH):
+            return self.gate(hidden_TH, limit)
         expert_ids_TK = torch.empty(num_tokens, self.formula.top_k, dtype=torch.int64)
         weights_TK = torch.empty(num_tokens, self.formula.top_k)
         self._run(

@@ -9,11 +9,9 @@ import numpy as np
 from numba import njit
 
 from experts.ops._numba.activations import exp
-from experts.ops._numba.object_cache import part
+from experts.ops._numba.object_cache import SUMS, part
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
-# Sums may be taken in vectors; NaN and infinity still mean what they mean.
-SUMS = {"contract", "nsz", "reassoc"}
 
 
 @njit(nogil=True, fastmath=False)  # the caller's SUMS must not reach `exp`, which rounds by adding and taking away

@@ -9,8 +9,7 @@ from typing import Literal
 import numpy as np
 from numba import njit
 
-from cluster.serving._numba.attend import SUMS
-from experts.ops._numba.object_cache import part
+from experts.ops._numba.object_cache import SUMS, part
 
 Rope = Literal["halves", "pairs", "pairs_to_halves"]
 

@@ -28,6 +28,9 @@ from experts.ops.cache_directory import cache_directory
 
 log = logging.getLogger(__name__)
 
+# A function's `fastmath` by which its sums are taken in vectors; NaN and infinity still mean what they mean.
+SUMS = {"contract", "nsz", "reassoc"}
+
 
 def compiled(
     function: Callable[..., None], signature: Any, *, variant: tuple[object, ...], **options: Any

@@ -1,6 +1,8 @@
-"""Small batches, compiled, against the operators of the same gate (which are checked against transformers)."""
+"""Compiled gates against the operators of the same gate (which are checked against transformers)."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -40,7 +42,15 @@ def build(name: str) -> CompiledGate:
     return gate
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 5, 64])
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 300])
 @pytest.mark.parametrize("name", SPECS)
 def test_equals_the_operators(name: str, num_tokens: int, assert_same_routing) -> None:
     gate = build(name)
@@ -78,11 +88,14 @@ def test_equals_go_to_the_lower_number(name: str) -> None:
     assert gate(torch.randn(2, HIDDEN)).expert_ids_TK.tolist() == [list(range(spec.num_experts_per_tok))] * 2
 
 
-def test_what_is_not_small_or_not_float32_goes_to_the_operators() -> None:
+def test_what_is_not_float32_or_large_beside_threads_goes_to_the_operators() -> None:
     gate = build("v3")
     called = []
     operators, gate.gate = gate.gate, lambda hidden_TH, limit=None: called.append(limit) or operators(hidden_TH, limit)
     hidden_TH = torch.randn(65, HIDDEN)
+    gate(hidden_TH)
+    assert not called
+    torch.set_num_threads(2)
     gate(hidden_TH)
     gate(hidden_TH[:3].bfloat16())
 
