@@ -11,8 +11,8 @@ import torch
 from experts.ops.packed_matmul import PackedMatrix
 from router_service.gating.gate import ChoiceLimit, Gate, GateOutput
 
-# More are done with sooner by operators, where these have several threads.
-_MOST_TOKENS = 64
+# More are done with sooner by operators, where these have more than so many threads.
+_MOST_TOKENS, _MOST_THREADS = 64, 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class GateFormula:
 
 
 class CompiledGate:
-    """`gate`, which still computes large batches where torch has several threads, and all that is limited, not float32
+    """`gate`, which still computes large batches where torch has many threads, and all that is limited, not float32
     or not on a CPU.
 
     constants: what compiled code wants to know after the hidden states, see `compile_choose_experts`
@@ -77,7 +77,7 @@ class CompiledGate:
 
     def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
         num_tokens = len(hidden_TH)
-        few = num_tokens <= _MOST_TOKENS or torch.get_num_threads() == 1
+        few = num_tokens <= _MOST_TOKENS or torch.get_num_threads() <= _MOST_THREADS
         if limit is not None or not few or not self.takes(hidden_TH):
             return self.gate(hidden_TH, limit)
         expert_ids_TK = torch.empty(num_tokens, self.formula.top_k, dtype=torch.int64)

@@ -95,7 +95,7 @@ def test_what_is_not_float32_or_large_beside_threads_goes_to_the_operators() -> 
     hidden_TH = torch.randn(65, HIDDEN)
     gate(hidden_TH)
     assert not called
-    torch.set_num_threads(2)
+    torch.set_num_threads(3)
     gate(hidden_TH)
     gate(hidden_TH[:3].bfloat16())
 
