@@ -96,7 +96,8 @@ class SmallBatches:
             return None
         logits, top_k, num_groups = here.gate.formula.logits, here.gate.formula.top_k, len(view.replicas)
         num_rows = num_tokens * top_k
-        room = min(num_groups, top_k) * (hidden_TH.nbytes + _FRAME_BYTES) + 16 * num_rows + 4 * num_groups
+        copies, messages = min(num_groups, top_k), min(num_groups, num_rows)
+        room = copies * hidden_TH.nbytes + messages * _FRAME_BYTES + 16 * num_rows + 4 * num_groups
         work = self._work
         if len(work.messages) < room:
             work.messages = np.empty(room, np.uint8)
@@ -109,6 +110,7 @@ class SmallBatches:
             *(np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.float32)),
             *(_NONE, *here.slots, *split, call_ids, layer, work.messages, ends_G),
         )
+        assert ends_G[-1] <= len(work.messages)  # compiled code looks at no bounds
         self._counters.batch(layer, num_tokens, split.rows_E)
         self._counters.node(num_tokens)
         flights, ids, ends, begin = [], call_ids.tolist(), ends_G.tolist(), 0

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -76,9 +76,11 @@ async def send_load(
     Raises MeshError if the server answers with an error, breaks off or makes fewer tokens than asked.
     """
     try:
-        return await _send_load(base_url, prompts, max_tokens=max_tokens, streams=streams)
+        return await _send_load(base_url.rstrip("/"), prompts, max_tokens=max_tokens, streams=streams)
     except (aiohttp.ClientError, TimeoutError) as failure:
         raise MeshError(f"{base_url}: {failure!r}") from failure
+    except (json.JSONDecodeError, LookupError) as failure:
+        raise MeshError(f"{base_url} answered what no OpenAI server would: {failure!r}") from failure
 
 
 async def _send_load(
@@ -86,21 +88,23 @@ async def _send_load(
 ) -> list[RequestTiming]:
     slots = asyncio.Semaphore(streams)
     async with aiohttp.ClientSession(
-        base_url,
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
     ) as client:
-        async with client.get("/v1/models", raise_for_status=True) as response:
+        async with client.get(f"{base_url}/v1/models") as response:
+            await _check_status(response)
             model = json.loads(await response.read())["data"][0]["id"]
 
         async def one(prompt: Sequence[int]) -> RequestTiming:
             async with slots:
-                return await _stream(client, model, prompt, max_tokens)
+                return await _stream(client, base_url, model, prompt, max_tokens)
 
         return list(await asyncio.gather(*(one(prompt) for prompt in prompts)))
 
 
-async def _stream(client: aiohttp.ClientSession, model: str, prompt: Sequence[int], max_tokens: int) -> RequestTiming:
+async def _stream(
+    client: aiohttp.ClientSession, base_url: str, model: str, prompt: Sequence[int], max_tokens: int
+) -> RequestTiming:
     body = {
         "model": model,
         "prompt": list(prompt),
@@ -113,23 +117,37 @@ async def _stream(client: aiohttp.ClientSession, model: str, prompt: Sequence[in
     token_times: list[float] = []
     num_tokens = 0
     sent = time.perf_counter()
-    async with client.post("/v1/completions", json=body) as response:
-        if response.status != 200:
-            raise MeshError(f"{response.url} answered {response.status}: {(await response.text())[:500]}")
-        rest = b""
-        async for part in response.content.iter_any():
-            now = time.perf_counter()
-            *events, rest = (rest + part).split(b"\n\n")
-            for data in events:
-                if not data.startswith(b"data: ") or data == b"data: [DONE]":
-                    continue
-                event = json.loads(data.removeprefix(b"data: "))
-                if "error" in event:
-                    raise MeshError(f"{response.url} ended a stream with an error: {event['error']}")
-                if any(choice.get("text") for choice in event["choices"]):
-                    token_times.append(now)
-                if event.get("usage"):
-                    num_tokens = event["usage"]["completion_tokens"]
+    async with client.post(f"{base_url}/v1/completions", json=body) as response:
+        await _check_status(response)
+        async for arrived, data in _events(response):
+            if data == b"[DONE]":
+                continue
+            event = json.loads(data)
+            if "error" in event:
+                raise MeshError(f"{response.url} ended a stream with an error: {event['error']}")
+            if any(choice.get("text") for choice in event["choices"]):
+                token_times.append(arrived)
+            if event.get("usage"):
+                num_tokens = event["usage"]["completion_tokens"]
     if num_tokens != max_tokens or not token_times:
-        raise MeshError(f"{response.url} made {num_tokens} tokens where {max_tokens} were asked with ignore_eos")
+        raise MeshError(f"{base_url} made {num_tokens} tokens where {max_tokens} were asked with ignore_eos")
     return RequestTiming(sent=sent, token_times=tuple(token_times), num_tokens=num_tokens)
+
+
+async def _check_status(response: aiohttp.ClientResponse) -> None:
+    if response.status != 200:
+        text = (await response.read()).decode(errors="replace")
+        raise MeshError(f"{response.url} answered {response.status}: {text[:500]}")
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[float, bytes]]:
+    """When each server-sent event's data arrived, and what it is."""
+    rest = b""
+    async for part in response.content.iter_any():
+        now = time.perf_counter()
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield now, line.removeprefix(b"data:").strip()
+    if rest.startswith(b"data:"):
+        yield time.perf_counter(), rest.removeprefix(b"data:").strip()

@@ -116,7 +116,7 @@ class AttentionBatch:
     """The step's layout. `order` says which chunk comes where: chunks[order[0]] has the first rows.
 
     layer_stages: what `cluster.serving.compiled_layer` prepares once for all layers that work in the same shapes
-    seconds: time spent on attention so far
+    seconds: time spent on attention so far, and on projections and norms where those are one call with it
     """
 
     def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:

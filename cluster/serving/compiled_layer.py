@@ -26,7 +26,9 @@ from experts.ops.cpu_threads import ThreadTeam
 # Rows of a step from which a second thread is worth waking.
 _SHARED_ROWS = 4
 # Rows that the caller is done with before the others are awake, but not more than so large a part of all.
-_ROWS_AHEAD, _PART_AHEAD = 2, 8
+_ROWS_AHEAD, _ROWS_A_ROW_AHEAD = 2, 8
+# Tokens of a prompt that look at keys together, see `_numba.latent_prompt`.
+_BLOCK = 8
 # What a compiled function gets last, to compute all of a layer, or one half and then the other: up to the cache, which
 # later tokens of a prompt read, and from there.
 _WHOLE, _FIRST_HALF, _SECOND_HALF = 0, 1, 2
@@ -60,10 +62,10 @@ class _Part:
     begin: int = 0
 
     def cut(self, shares: int) -> Iterator[_Part]:
-        """As many parts, none of them empty."""
+        """At most as many parts, in whole blocks: which tokens look at keys together does not depend on threads."""
         count = len(self.slots_T)
-        shares = min(shares, count)
-        for first, last in itertools.pairwise(count * share // shares for share in range(shares + 1)):
+        ends = (count * share // shares // _BLOCK * _BLOCK for share in range(shares))
+        for first, last in itertools.pairwise(sorted({*ends, count})):
             yield replace(
                 self,
                 rows=slice(self.rows.start + first, self.rows.start + last),
@@ -164,10 +166,11 @@ class CompiledLayer(nn.Module, ABC):
         """
         if any(span.end > self.most_prompt for span in batch.prefill_spans):
             return []
-        parts, halves = [*self._parts(batch)], [_WHOLE]
-        if batch.prefill_spans and len(parts) < self._team.num_threads:
-            parts = [cut for part in parts for cut in part.cut(self._team.num_threads)]
-            halves = [_FIRST_HALF, _SECOND_HALF]
+        prompts, halves, threads = [*self._prompts(batch)], [_WHOLE], self._team.num_threads
+        if prompts and max(len(part.slots_T) for part in prompts) * threads > batch.num_tokens:
+            # One thread would be at the longest while others wait.
+            prompts, halves = [cut for part in prompts for cut in part.cut(threads)], [_FIRST_HALF, _SECOND_HALF]
+        parts = [*prompts, *self._decoding(batch)]
         cos_TD, sin_TD = (each[0].contiguous().numpy() for each in self._angles(position_embeddings))
         assert cos_TD.shape[1] >= self._rope_dim // 2  # compiled code looks at no bounds
         pieces = [
@@ -184,11 +187,10 @@ class CompiledLayer(nn.Module, ABC):
         if part.pairs_LC is not None:
             yield from (part.pairs_LC.numpy(), part.begin)
 
-    def _parts(self, batch: AttentionBatch) -> Iterator[_Part]:
-        """In the order of their rows."""
+    def _decoding(self, batch: AttentionBatch) -> Iterator[_Part]:
         for group in batch.decode_groups:
             shares = self._team.num_threads if group.num_rows >= _SHARED_ROWS else 1
-            ahead = min(_ROWS_AHEAD, group.num_rows // _PART_AHEAD) if shares > 1 else 0
+            ahead = min(_ROWS_AHEAD, group.num_rows // _ROWS_A_ROW_AHEAD) if shares > 1 else 0
             ends = [0, *(ahead + (group.num_rows - ahead) * share // shares for share in range(1, shares + 1))]
             for first, last in itertools.pairwise(ends):
                 yield _Part(
@@ -197,7 +199,10 @@ class CompiledLayer(nn.Module, ABC):
                     slots_T=group.slots_B[first:last],
                     positions_T=group.positions_B[first:last],
                 )
-        for span in batch.prefill_spans:  # uncut: a token looks at those before it
+
+    def _prompts(self, batch: AttentionBatch) -> Iterator[_Part]:
+        """Uncut: a token looks at those before it."""
+        for span in batch.prefill_spans:
             positions_T = torch.arange(span.begin, span.end)
             expansion = self._expansion
             if expansion is not None and not expansion.pays(len(positions_T), span.end):

@@ -23,6 +23,12 @@ def _exp(x: Any) -> Any:
 
 
 @part(())
+def _ordered(bits: Any) -> Any:
+    """A float's bits as an integer in its order, and back; those of floats below zero have the opposite one."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@part(())
 def _rank(values: Any, ranks: Any) -> None:
     """Integers in the order that `torch.topk` has, NaN before all numbers, and of equals the first above the others.
 
@@ -30,9 +36,7 @@ def _rank(values: Any, ranks: Any) -> None:
     """
     bits, last = values.view(np.int32), len(values) - 1
     for i in range(len(values)):
-        # The bits of floats below zero have the opposite order, and both zeros are equal.
-        rank = bits[i] ^ ((bits[i] >> 31) & 0x7FFFFFFF)
-        rank = 0 if values[i] == 0 else rank
+        rank = 0 if values[i] == 0 else _ordered(bits[i])  # both zeros are equal
         rank = rank if values[i] == values[i] else 0x7FFFFFFF
         ranks[i] = (np.int64(rank) << 32) | (last - i)
 
@@ -58,10 +62,11 @@ def _sum(values: Any) -> Any:
 
 @part(())
 def _softmax(values: Any) -> None:
-    bits, highest = values.view(np.int32), np.iinfo(np.int32).min
-    for i in range(len(values)):
-        highest = max(highest, bits[i] ^ ((bits[i] >> 31) & 0x7FFFFFFF))  # as in `_rank`
-    most = np.int32(highest ^ ((highest >> 31) & 0x7FFFFFFF)).view(np.float32)
+    bits = values.view(np.int32)
+    highest = _ordered(bits[0])
+    for i in range(1, len(values)):
+        highest = max(highest, _ordered(bits[i]))
+    most = np.int32(_ordered(highest)).view(np.float32)
     for i in range(len(values)):
         values[i] = _exp(values[i] - most)
     total = _sum(values)
@@ -74,6 +79,8 @@ def compile_choose_experts(
     logits: Kind, score: str, weight: str, group_score: str | None, closed: float
 ) -> Callable[..., None]:
     """The compiled gate; it runs without the GIL. For the words see `router_service.gating.compiled_gate.GateFormula`.
+
+    What a softmax or sigmoid has below 1e-38 is one tiny number in place of several, or of 0.
 
     Arguments:
         hidden_TH      float32 [T, H]

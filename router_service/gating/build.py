@@ -64,6 +64,6 @@ def build_gate(spec: GateSpec, weight_EH: torch.Tensor, bias_E: torch.Tensor | N
 
 
 def _compiled(gate: Gate) -> Gate:
-    """`gate`, its small batches compiled where its file says how."""
+    """`gate`, compiled where its file says how."""
     formula: GateFormula | None = getattr(gate, "formula", None)
     return gate if formula is None else CompiledGate(gate, formula)

@@ -90,6 +90,20 @@ def test_messages_are_those_of_the_ordinary_way(name, groups, redundant, num_tok
     assert counters.expert_tokens[3].sum() == counters.rows
 
 
+@pytest.mark.parametrize(("experts", "num_tokens"), [(16, 8), (128, 15), (256, 64)])
+def test_there_is_room_for_the_messages_of_many_groups(experts, num_tokens):
+    spec = GateSpec(system="qwen3_moe", num_experts=experts, num_experts_per_tok=experts // 16 + 1)
+    gate, view = gate_of(spec), TableView(table_of(experts, experts))
+    for seed in range(10):
+        recorder = Recorder()
+        small, _ = small_batches({3: gate}, recorder)  # one that has no room yet
+        hidden_TH = torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
+        small.send(view, 3, hidden_TH)
+        plan = plan_dispatch(view.slots(3, frozenset()), 3, *gate(hidden_TH))
+        for part, (_, call_id, message) in zip(plan.parts, recorder.sent, strict=True):
+            assert message == encode_call(part.call(hidden_TH), call_id)
+
+
 def test_what_is_no_small_batch_is_left_to_the_ordinary_way():
     spec = SPECS["mixtral"]
     gate, table = gate_of(spec), table_of(8, 2)

@@ -23,9 +23,10 @@ def _exponentials(scores, peak):  # type: ignore[no-untyped-def]
 @cache
 def attend(key_dim: int, value_dim: int, *, causal: bool = False) -> Callable[..., None]:
     """A function for others to call, of float32 query [G, key_dim], keys [L, key_dim], values [L, at least value_dim],
-    the scale of the scores, [G, L] to work in and out [G, value_dim].
+    the scale of the scores, at least [G, L] to work in and out [G, value_dim].
 
-    causal: queries are of tokens that follow each other, up to that of the last key; otherwise each sees all keys
+    causal: queries are of tokens that follow each other, up to that of the last key, and a value that is no number
+            reaches them all; otherwise each sees all keys
     """
     dims = key_dim, value_dim
 

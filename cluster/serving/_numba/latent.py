@@ -37,7 +37,7 @@ def compile_latent(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callable[...,
         residual, mlp_in  float32 [T, H], written: `hidden` and its attention; the norm of that
         layer_norms   float32 [2, H]: weights of the norms before attention and after
         layer_epsilons  float32 [2]: theirs
-        query_norm, latent_norm  float32 [query_rank], [rank];  their epsilons, float32 [2]
+        query_norm, latent_norm  float32 [query_rank] (any where that is 0), [rank];  their epsilons, float32 [2]
         matrices      int64 [6, 3, heads]: addresses of panels, scales and biases of (queries, or their latents, above
                       latents and rotary keys), of (queries from their latents), of W_UK and of W_UV of each head, of
                       the output projection, and of all W_UK and W_UV as published; one each but for the third and

@@ -40,7 +40,7 @@ class LatentShape:
 def read_tokens(shape: LatentShape, into_kind: Kind, from_latents_kind: Kind) -> Callable[..., None]:
     """Norm, projections, norms of latents, rotary embedding of keys, cache; see `compile_latent`.
 
-    What is left of the arguments' queries are their rotary parts, not yet turned.
+    Queries are ready but for their rotary parts, which are not turned yet.
     """
     into, from_latents = (compile_matmul(name, biased=biased) for name, biased in (into_kind, from_latents_kind))
     rotate_one = rotate(shape.rope, shape.rope_dim)

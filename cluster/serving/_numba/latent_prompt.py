@@ -17,7 +17,7 @@ from experts.ops._numba.object_cache import compiled
 from experts.ops._numba.packed_matmul import Kind, compile_matmul
 
 # Queries that look at a head's keys together: fewer read them more often, more compute scores that nobody may see.
-_BLOCK = 8
+BLOCK = 8
 
 
 @cache
@@ -78,8 +78,8 @@ def compile_latent_prompt(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callab
         if half == 1:
             return
         keys, head_values = np.empty((end, query_dim), np.float32), np.empty((end, value_dim), np.float32)
-        block, sums = np.empty((_BLOCK, query_dim), np.float32), np.empty((_BLOCK, value_dim), np.float32)
-        scores = np.empty((_BLOCK, end), np.float32)
+        block, sums = np.empty((BLOCK, query_dim), np.float32), np.empty((BLOCK, value_dim), np.float32)
+        scores = np.empty((BLOCK, end), np.float32)
         for head in range(heads):
             first_pair, first_query = head * (nope + value_dim), head * query_dim
             for position in range(end):
@@ -89,8 +89,8 @@ def compile_latent_prompt(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callab
                     keys[position, nope + i] = cached[position, rank + i]
                 for i in range(value_dim):
                     head_values[position, i] = pairs[position, first_pair + nope + i]
-            for first in range(0, num_rows, _BLOCK):
-                count = min(_BLOCK, num_rows - first)
+            for first in range(0, num_rows, BLOCK):
+                count = min(BLOCK, num_rows - first)
                 for number in range(count):
                     row = first + number
                     query = queries[row, first_query : first_query + query_dim]

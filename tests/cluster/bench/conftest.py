@@ -15,6 +15,7 @@ class ScriptedServer:
 
     url: str
     events: list[dict[str, object]] | None = None
+    stream: bytes | None = None  # as it is, byte by byte, in place of `events`
     status: int = 200
     bodies: list[dict[str, object]] = field(default_factory=list)
     most_at_once: int = 0
@@ -43,6 +44,12 @@ def scripted_server() -> Iterator[ScriptedServer]:
                 script.most_at_once = max(script.most_at_once, at_once)
             if script.status != 200:
                 self._answer(script.status, b'{"error": {"message": "no such model"}}')
+            elif script.stream is not None:
+                self.send_response(200)
+                self.end_headers()
+                for at in range(len(script.stream)):
+                    self.wfile.write(script.stream[at : at + 1])
+                    self.wfile.flush()
             else:
                 events = script.events
                 if events is None:

@@ -58,6 +58,28 @@ def test_a_server_that_stops_early_is_not_measured(scripted_server: Any) -> None
         asyncio.run(send_load(scripted_server.url, [[5]], max_tokens=4, streams=1))
 
 
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b'data: {"choices": [{"text": "a"}]}\r\n\r\n'
+        b'data: {"choices": [{"text": "b"}], "usage": {"completion_tokens": 2}}',
+        b': ping\nevent: x\ndata:{"choices": [{"text": "a"}]}\n\ndata: {"choices": [{"text": "b"}]}\n\n'
+        b'data: {"choices": [], "usage": {"completion_tokens": 2}}\n\ndata: [DONE]\n\n',
+    ],
+)
+def test_events_as_servers_write_them(scripted_server: Any, stream: bytes) -> None:
+    scripted_server.stream = stream
+    (timing,) = asyncio.run(send_load(scripted_server.url + "/", [[5]], max_tokens=2, streams=1))
+    assert len(timing.token_times) == timing.num_tokens == 2
+
+
+@pytest.mark.parametrize("stream", [b"data: {oops\n\n", b"data: {}\n\n"])
+def test_what_is_no_openai_server_is_told(scripted_server: Any, stream: bytes) -> None:
+    scripted_server.stream = stream
+    with pytest.raises(MeshError, match="no OpenAI server"):
+        asyncio.run(send_load(scripted_server.url, [[5]], max_tokens=2, streams=1))
+
+
 def test_a_server_that_is_not_there_is_named() -> None:
     with pytest.raises(MeshError, match=r"http://127\.0\.0\.1:9: .*Connect"):
         asyncio.run(send_load("http://127.0.0.1:9", [[5]], max_tokens=4, streams=1))

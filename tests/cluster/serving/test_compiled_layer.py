@@ -220,6 +220,18 @@ def test_a_rows_output_depends_on_no_other_row_and_no_thread(case: str) -> None:
     assert all(output.equal(outputs[0]) for output in outputs)
 
 
+@pytest.mark.parametrize("case", ["qwen3", "deepseek-v3 compressed"])
+def test_a_prompts_outputs_depend_on_no_thread(case: str) -> None:
+    """A prompt that is cut for several threads, beside rows that decode and a shorter one."""
+    outputs = []
+    for num_threads in (1, 2, 3):
+        layer, hidden = Layer(case, num_threads), sequences()
+        rows = {4: 93, 2: 1, 3: 10, 1: 1}
+        chunks = [Chunk(slot=layer.slot_with(hidden[which][:-new]), num_tokens=new) for which, new in rows.items()]
+        outputs.append(layer.step(layer.ours, chunks, [hidden[which][-new:] for which, new in rows.items()]))
+    assert all(output.equal(outputs[0]) for output in outputs)
+
+
 @pytest.mark.parametrize("case", ["mixtral", "deepseek-v2"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_stays_in_its_row(case: str, value: float) -> None:
