@@ -79,7 +79,7 @@ async def send_load(
         return await _send_load(base_url.rstrip("/"), prompts, max_tokens=max_tokens, streams=streams)
     except (aiohttp.ClientError, TimeoutError) as failure:
         raise MeshError(f"{base_url}: {failure!r}") from failure
-    except (json.JSONDecodeError, LookupError) as failure:
+    except (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError) as failure:
         raise MeshError(f"{base_url} answered what no OpenAI server would: {failure!r}") from failure
 
 

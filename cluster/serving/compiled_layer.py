@@ -27,8 +27,8 @@ from experts.ops.cpu_threads import ThreadTeam
 _SHARED_ROWS = 4
 # Rows that the caller is done with before the others are awake, but not more than so large a part of all.
 _ROWS_AHEAD, _ROWS_A_ROW_AHEAD = 2, 8
-# Tokens of a prompt that look at keys together, see `_numba.latent_prompt`.
-_BLOCK = 8
+# Tokens of a prompt that may look at keys together.
+PROMPT_BLOCK = 8
 # What a compiled function gets last, to compute all of a layer, or one half and then the other: up to the cache, which
 # later tokens of a prompt read, and from there.
 _WHOLE, _FIRST_HALF, _SECOND_HALF = 0, 1, 2
@@ -64,7 +64,7 @@ class _Part:
     def cut(self, shares: int) -> Iterator[_Part]:
         """At most as many parts, in whole blocks: which tokens look at keys together does not depend on threads."""
         count = len(self.slots_T)
-        ends = (count * share // shares // _BLOCK * _BLOCK for share in range(shares))
+        ends = (count * share // shares // PROMPT_BLOCK * PROMPT_BLOCK for share in range(shares))
         for first, last in itertools.pairwise(sorted({*ends, count})):
             yield replace(
                 self,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cluster.serving.compiled_layer import CompiledLayer, Expansion, has_compiled_norms
+from cluster.serving.compiled_layer import PROMPT_BLOCK, CompiledLayer, Expansion, has_compiled_norms
 from cluster.serving.kv_cache import Arena
 from cluster.serving.packed_linear import PackedLinear, can_join, join_layers
 from experts.ops.cpu_threads import ThreadTeam
@@ -78,7 +78,7 @@ class LatentLayer(CompiledLayer):
             ),
             work=(*work, (heads, rank + rope_dim), (heads, rank)),
             expansion=Expansion(
-                compiled=compile_latent_prompt(shape, kinds),
+                compiled=compile_latent_prompt(shape, kinds, block_size=PROMPT_BLOCK),
                 pays=latent.expand_is_cheaper,
                 work=work,
                 columns=pairs.num_columns,

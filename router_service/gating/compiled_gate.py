@@ -11,8 +11,7 @@ import torch
 from experts.ops.packed_matmul import PackedMatrix
 from router_service.gating.gate import ChoiceLimit, Gate, GateOutput
 
-# More are done with sooner by operators, where these have more than so many threads; measured with up to 8 experts a
-# token, and as good with many more only for few tokens.
+# More are done with sooner by operators, where these have more than so many threads (for up to 8 experts a token).
 _MOST_TOKENS, _MOST_THREADS = 64, 2
 
 

@@ -16,13 +16,13 @@ from cluster.serving._numba.norm_and_rope import rotate
 from experts.ops._numba.object_cache import compiled
 from experts.ops._numba.packed_matmul import Kind, compile_matmul
 
-# Queries that look at a head's keys together: fewer read them more often, more compute scores that nobody may see.
-BLOCK = 8
-
 
 @cache
-def compile_latent_prompt(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callable[..., None]:
+def compile_latent_prompt(shape: LatentShape, kinds: tuple[Kind, ...], *, block_size: int) -> Callable[..., None]:
     """As `compile_latent`, for T tokens of one sequence that follow each other, with keys and values expanded.
+
+    block_size: queries that look at a head's keys together: fewer read them more often, more compute scores that nobody
+                may see
 
     It runs without the GIL. Arguments as there up to `out`, and instead of the last three:
         pairs   float32 [L, whole panels]: keys, without their rotary parts, and values of the sequence's L positions so
@@ -78,8 +78,8 @@ def compile_latent_prompt(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callab
         if half == 1:
             return
         keys, head_values = np.empty((end, query_dim), np.float32), np.empty((end, value_dim), np.float32)
-        block, sums = np.empty((BLOCK, query_dim), np.float32), np.empty((BLOCK, value_dim), np.float32)
-        scores = np.empty((BLOCK, end), np.float32)
+        block, sums = np.empty((block_size, query_dim), np.float32), np.empty((block_size, value_dim), np.float32)
+        scores = np.empty((block_size, end), np.float32)
         for head in range(heads):
             first_pair, first_query = head * (nope + value_dim), head * query_dim
             for position in range(end):
@@ -89,8 +89,8 @@ def compile_latent_prompt(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callab
                     keys[position, nope + i] = cached[position, rank + i]
                 for i in range(value_dim):
                     head_values[position, i] = pairs[position, first_pair + nope + i]
-            for first in range(0, num_rows, BLOCK):
-                count = min(BLOCK, num_rows - first)
+            for first in range(0, num_rows, block_size):
+                count = min(block_size, num_rows - first)
                 for number in range(count):
                     row = first + number
                     query = queries[row, first_query : first_query + query_dim]
@@ -106,4 +106,4 @@ def compile_latent_prompt(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callab
 
     matrix = types.float32[:, ::1]
     signature = types.void(*COMMON, *[matrix] * 5, types.int64, types.int64)
-    return compiled(latent_prompt, signature, variant=(shape, kinds), error_model="numpy")
+    return compiled(latent_prompt, signature, variant=(shape, kinds, block_size), error_model="numpy")

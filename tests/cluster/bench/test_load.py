@@ -73,7 +73,7 @@ def test_events_as_servers_write_them(scripted_server: Any, stream: bytes) -> No
     assert len(timing.token_times) == timing.num_tokens == 2
 
 
-@pytest.mark.parametrize("stream", [b"data: {oops\n\n", b"data: {}\n\n"])
+@pytest.mark.parametrize("stream", [b"data: {oops\n\n", b"data: {}\n\n", b"data: []\n\n", b"data: \xff\n\n"])
 def test_what_is_no_openai_server_is_told(scripted_server: Any, stream: bytes) -> None:
     scripted_server.stream = stream
     with pytest.raises(MeshError, match="no OpenAI server"):
