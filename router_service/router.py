@@ -116,7 +116,7 @@ class Router:
             dispatched = time.monotonic()
             flights = self._small.send(self._view(), layer, hidden_TH)
             if flights is not None:
-                return self._pending(flights, hidden_TH, dispatched, math.inf)
+                return self._pending(flights, hidden_TH, dispatched, math.inf, self._small)
         limit: ChoiceLimit | None = None
         if self._restrict and self._max_nodes_per_token is not None:
             limit = NodeLimit(self._view().held_by_nodes(layer), self._max_nodes_per_token)
@@ -189,7 +189,14 @@ class Router:
             self._sender.send_all(view, plan.parts, hidden_TH, timeout_s), hidden_TH, dispatched, until
         )
 
-    def _pending(self, flights: list[NodeFlight], hidden_TH: torch.Tensor, dispatched: float, until: float) -> Pending:
+    def _pending(
+        self,
+        flights: list[NodeFlight],
+        hidden_TH: torch.Tensor,
+        dispatched: float,
+        until: float,
+        small: SmallBatches | None = None,
+    ) -> Pending:
         return Pending(
             flights,
             hidden_TH,
@@ -199,6 +206,7 @@ class Router:
             dispatched=dispatched,
             reply_timeout_s=self._timeout_s,
             until=until,
+            small=small,
         )
 
     def _view(self) -> TableView:

@@ -7,7 +7,7 @@ caches are full of weights. What is not an ordinary batch is left to them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ from router_service.dispatch import SplitRows
 from router_service.gating.compiled_gate import CompiledGate
 from router_service.gating.gate import Gate
 from router_service.replica_choice import ReplicaChoice
-from router_service.sender import NodeFlight, Sender
+from router_service.sender import Flight, NodeFlight, Sender
 from router_service.slot_index import IntArray, SlotIndex
 from router_service.table_view import TableView
 from router_service.transport.grpc_stream import GrpcTransport
@@ -122,6 +122,18 @@ class SmallBatches:
             version, num_bytes = view.table.version, copies * hidden_TH.shape[1] * 4
             flights.append(self._sender.start(version, part, replica, copies, num_bytes, send))
         return [NodeFlight(version=view.table.version, flights=tuple(flights))]
+
+    def sum(self, flights: Sequence[Flight], timeout_s: float, out_TH: torch.Tensor) -> int:
+        """Write the sum of the first flights' answers to `out_TH` (float32 [T, H]); how many they are.
+
+        The others are to be received one by one, see `sum_answers`.
+        """
+        replies, tokens = [each.reply for each in flights], [each.part.tokens_T for each in flights]
+        count = self._transport.sum_replies(replies, tokens, timeout_s, out_TH)
+        for flight in flights[:count]:
+            tokens_T = flight.part.tokens_T
+            self._sender.settle(flight, (len(out_TH) if tokens_T is None else len(tokens_T)) * out_TH.shape[1] * 4)
+        return count
 
     def _prepare(self, view: TableView, layer: int) -> _Layer | None:
         gate = self._gates.get(layer)

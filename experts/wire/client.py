@@ -123,7 +123,7 @@ class _Connection:
             self._stream.send(message)
         except StreamClosed as error:
             raise CallFailed(f"{self._where}: {error}") from error
-        return _StreamReply(self, call_id, resend)
+        return StreamReply(self, call_id, resend)
 
     def request(self, message: bytes, timeout_s: float) -> Reply:
         return _UnaryReply(self._where, self._forward.future(message, timeout=timeout_s))
@@ -136,6 +136,22 @@ class _Connection:
             raise CallFailed(f"{self._where}: {error}") from error
         self._wanted.discard(call_id)
         return self._arrived.pop(call_id)
+
+    def claim(self, call_id: int) -> int:
+        """As LocalStream's; -1 also where the answer is here, or will be in shared memory."""
+        if not isinstance(self._stream, LocalStream) or (socket := self._stream.claim()) < 0:
+            return -1
+        if call_id in self._lent or call_id in self._arrived:
+            self._stream.release(answered=False)
+            return -1
+        return socket
+
+    def release(self, call_id: int, *, answered: bool, rest: bytes) -> None:
+        """After a `claim` that gave a socket. answered: nobody waits for this reply any more"""
+        assert isinstance(self._stream, LocalStream), "claimed"
+        if answered:
+            self._wanted.discard(call_id)
+        self._stream.release(answered=answered, rest=rest)
 
     def abandon(self, call_id: int) -> None:
         """Nobody waits for this reply any more."""
@@ -156,21 +172,35 @@ class _Connection:
             self._arrived[reply.call_id] = reply
 
 
-class _StreamReply:
+class StreamReply:
+    """A Reply that comes over a stream.
+
+    call_id: which its message bears
+    """
+
     def __init__(self, connection: _Connection, call_id: int, resend: Callable[[], Reply] | None) -> None:
+        self.call_id = call_id
         self._connection = connection
-        self._call_id = call_id
         self._resend = resend
 
+    def claim(self) -> int:
+        """A socket that brings this answer next, if none was owed before it, for who alone reads it until `release`;
+        -1 where there is none."""
+        return self._connection.claim(self.call_id)
+
+    def release(self, *, answered: bool, rest: bytes = b"") -> None:
+        """answered: the answer was read, and nobody calls `result`; rest: what else was read."""
+        self._connection.release(self.call_id, answered=answered, rest=rest)
+
     def result(self, timeout_s: float | None = None) -> torch.Tensor:
-        reply = self._connection.wait(self._call_id, timeout_s)
+        reply = self._connection.wait(self.call_id, timeout_s)
         if isinstance(reply.error, SegmentUnreachable) and self._resend is not None:
             self._connection.not_shared()
             return self._resend().result(timeout_s)
         return _partial(reply)
 
     def cancel(self) -> None:
-        self._connection.abandon(self._call_id)
+        self._connection.abandon(self.call_id)
 
     def __del__(self) -> None:
         self.cancel()

@@ -71,6 +71,23 @@ class LocalStream(MessageStream):
             if self._error is not None:
                 raise self._error
 
+    def claim(self) -> int:
+        """The socket's number, for who alone reads it until `release`; -1 where another thread does, where a part of
+        a message was read already, and where the stream is dead."""
+        with self._changed:
+            if self._reading or self._input or self._error is not None:
+                return -1
+            self._reading = True
+            return self._socket.fileno()
+
+    def release(self, *, answered: bool, rest: bytes = b"") -> None:
+        """answered: a whole message was read, and used; rest: what was read and not used"""
+        with self._changed:
+            if answered:
+                self._unanswered_bytes -= self._unanswered.popleft()
+            self._input += rest
+            self._stop_reading()
+
     def _take(self) -> None:
         message = self._message()
         with self._changed:

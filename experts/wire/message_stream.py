@@ -103,10 +103,14 @@ class MessageStream(ABC):
             self.close(f"UNAVAILABLE: {error}" if isinstance(error, OSError) else str(error))
         finally:
             with self._changed:
-                self._reading = False
-                if self._error is not None:
-                    self._socket.close()
-                self._changed.notify_all()
+                self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        """Let another thread read. Call with `_changed` held."""
+        self._reading = False
+        if self._error is not None:
+            self._socket.close()
+        self._changed.notify_all()
 
     def _has_input(self, timeout_s: float | None) -> bool:
         return bool(self._input or self._poll.poll(None if timeout_s is None else timeout_s * 1e3))

@@ -12,8 +12,10 @@ import torch
 from experts.node_call import NodeCall
 from experts.spec import ExpertCall
 from experts.wire.client import CallAbandoned, CallFailed, ExpertClient, Reply
+from experts.wire.sum_answers import compiled_add_answers, sum_answers
 from router_service.placement import GroupReplica
-from router_service.transport.base import ReplyAbandoned, TransportError, relay_of
+from router_service.slot_index import IntArray
+from router_service.transport.base import PendingReply, ReplyAbandoned, TransportError, relay_of
 
 WireDtype = Literal["model", "bf16", "fp8"]
 
@@ -27,18 +29,18 @@ _DTYPES: dict[WireDtype, tuple[torch.dtype | None, torch.dtype | None]] = {
 
 class _Reply:
     def __init__(self, reply: Reply) -> None:
-        self._reply = reply
+        self.reply = reply
 
     def result(self, timeout_s: float | None = None) -> torch.Tensor:
         try:
-            return self._reply.result(timeout_s)
+            return self.reply.result(timeout_s)
         except CallAbandoned as error:
             raise ReplyAbandoned(str(error)) from error
         except CallFailed as error:
             raise TransportError(str(error)) from error
 
     def cancel(self) -> None:
-        self._reply.cancel()
+        self.reply.cancel()
 
 
 class GrpcTransport:
@@ -57,6 +59,7 @@ class GrpcTransport:
     def __init__(self, wire_dtype: WireDtype = "model") -> None:
         hidden_dtype, reply_dtype = _DTYPES[wire_dtype]
         self._is_plain = wire_dtype == "model"
+        compiled_add_answers()  # now, rather than in the first call
         self._client = ExpertClient(hidden_dtype=hidden_dtype, reply_dtype=reply_dtype)
 
     def send(self, replica: GroupReplica, call: ExpertCall, timeout_s: float | None = None) -> _Reply:
@@ -76,6 +79,21 @@ class GrpcTransport:
             return _Reply(self._client.send_message(replica.replica, replica.address, call_id, message))
         except CallFailed as error:
             raise TransportError(str(error)) from error
+
+    @staticmethod
+    def sum_replies(
+        replies: Sequence[PendingReply | TransportError],
+        tokens: Sequence[IntArray | None],
+        timeout_s: float,
+        out_TH: torch.Tensor,
+    ) -> int:
+        """See `sum_answers`."""
+        ours: list[Reply] = []
+        for each in replies:
+            if not isinstance(each, _Reply):
+                break
+            ours.append(each.reply)
+        return sum_answers(ours, tokens, timeout_s, out_TH)
 
     def send_node(self, replicas: Sequence[GroupReplica], call: NodeCall, timeout_s: float | None = None) -> _Reply:
         return self._send(relay_of(replicas, call), call, timeout_s)
