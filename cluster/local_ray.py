@@ -46,6 +46,11 @@ def start_local_ray() -> None:
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     # OpenMP's threads would keep their cores busy for milliseconds after a prompt's attention, when experts want them.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Ray starts its workers with a niceness of 15: groups and engine would stand back behind every client on this
+    # machine, and behind Ray's own daemons.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    # Serve's controller looks after its deployments ten times a second, for 5 ms, on the cores that compute.
+    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
     try:
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray has no class of its own for this

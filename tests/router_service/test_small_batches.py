@@ -152,8 +152,12 @@ def test_sums_are_those_of_groups_in_process_bit_for_bit(mesh, make_router, num_
     expected = make_router(mesh.transport, mesh.table).route(0, hidden_TH).result()
     router = make_router()
     assert torch.equal(router.route(0, hidden_TH, timeout_s=20).result(), expected)
+    received = router.counters.bytes_received
     monkeypatch.delattr("router_service.router.plan_dispatch")
+    monkeypatch.delattr("router_service.sender.Sender.receive")
     assert torch.equal(router.route(0, hidden_TH).result(), expected)
+    assert router.counters.bytes_received == 2 * received
+    assert not router.replicas.rows_in_flight
 
 
 def test_a_server_that_dies_is_replaced_and_the_sum_is_the_same(mesh, servers, make_router):
