@@ -81,17 +81,24 @@ class GrpcStream(MessageStream):
             while left:
                 if min(self._windows.values()) <= 0:
                     self.read_until(lambda: min(self._windows.values()) > 0, SEND_TIMEOUT_S)
-                with self._changed:
-                    size = min(len(left), self._max_frame, *self._windows.values())
-                    for stream in self._windows:
-                        self._windows[stream] -= size
-                self._write(_frame_head(_DATA, 0, _STREAM, size), left[:size])
+                # The peer's settings hold from our acknowledgement on, which must not come between this and the frame.
+                with self._one_write:
+                    with self._changed:
+                        size = max(0, min(len(left), self._max_frame, *self._windows.values()))
+                        for stream in self._windows:
+                            self._windows[stream] -= size
+                    if size:
+                        self._send_all(_frame_head(_DATA, 0, _STREAM, size), left[:size])
                 left = left[size:]
 
     def _write(self, *pieces: bytes | memoryview) -> None:
+        with self._one_write:
+            self._send_all(*pieces)
+
+    def _send_all(self, *pieces: bytes | memoryview) -> None:
+        """Call with `_one_write` held."""
         try:
-            with self._one_write:
-                self._socket.sendall(b"".join(pieces))
+            self._socket.sendall(b"".join(pieces))
         except OSError as error:
             self.close(f"UNAVAILABLE: {error}")
         if self._error is not None:
@@ -156,15 +163,16 @@ class GrpcStream(MessageStream):
             raise StreamClosed(f"{_CODES.get(code, code)}: {details}" if code else "the stream was closed by the peer")
 
     def _take_settings(self, content: bytearray) -> None:
-        with self._changed:
-            for key, value in struct.iter_unpack(">HI", content):
-                if key == _INITIAL_WINDOW_SIZE:
-                    self._windows[_STREAM] += value - self._initial_window
-                    self._initial_window = value
-                elif key == _MAX_FRAME_SIZE:
-                    self._max_frame = value
-            self._changed.notify_all()
-        self._write(_frame(_SETTINGS, _ACK, 0, b""))
+        with self._one_write:
+            with self._changed:
+                for key, value in struct.iter_unpack(">HI", content):
+                    if key == _INITIAL_WINDOW_SIZE:
+                        self._windows[_STREAM] += value - self._initial_window
+                        self._initial_window = value
+                    elif key == _MAX_FRAME_SIZE:
+                        self._max_frame = value
+                self._changed.notify_all()
+            self._send_all(_frame(_SETTINGS, _ACK, 0, b""))
 
 
 def _connect(address: str) -> socket.socket:

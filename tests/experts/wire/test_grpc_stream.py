@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import grpc
 import pytest
 
-from experts.wire.grpc_stream import GrpcStream
+from experts.wire.grpc_stream import (
+    _ACK,
+    _DATA,
+    _INITIAL_WINDOW_SIZE,
+    _MAX_FRAME_SIZE,
+    _SETTINGS,
+    _WINDOW_UPDATE,
+    GrpcStream,
+    _frame,
+)
 from experts.wire.message_stream import StreamClosed
 
 LIMIT = 64 << 20
@@ -210,6 +220,43 @@ def test_what_is_no_http2_ends_the_stream() -> None:
         peer.close()
         with pytest.raises(StreamClosed):
             client.receive(1)
+
+
+def test_no_frame_is_larger_than_the_settings_acknowledged_before_it() -> None:
+    """A peer's settings hold for what comes after our acknowledgement, whichever thread writes it."""
+    sizes = [2**14, *([2**15, 2**14] * 100)]
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as sender:
+        client = Client(f"127.0.0.1:{listener.getsockname()[1]}")
+        peer, _ = listener.accept()
+        peer.settimeout(30)
+        with peer, peer.makefile("rb") as written:
+            written.read(24)  # the preface
+            peer.sendall(_frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**30)))
+            peer.sendall(_frame(_SETTINGS, 0, 0, struct.pack(">HI", _INITIAL_WINDOW_SIZE, 2**31 - 1)))
+            reader = threading.Thread(target=suppressed, args=(lambda: client.stream.read_until(lambda: False),))
+            reader.start()
+            sending = sender.submit(lambda: suppressed(lambda: [client.send(0, bytes(2**20)) for _ in range(500)]))
+            acknowledged = largest = 0
+            while acknowledged < len(sizes):
+                head = written.read(9)
+                size, kind, flags = int.from_bytes(head[:3], "big"), head[3], head[4]
+                written.read(size)
+                if kind == _DATA:
+                    assert size <= sizes[max(0, acknowledged - 1)]
+                    largest = max(largest, size)
+                elif kind == _SETTINGS and flags & _ACK:
+                    acknowledged += 1
+                    if acknowledged < len(sizes):
+                        peer.sendall(_frame(_SETTINGS, 0, 0, struct.pack(">HI", _MAX_FRAME_SIZE, sizes[acknowledged])))
+            assert largest > 2**14
+        client.stream.close("done")
+        reader.join(30)
+        sending.result(30)
+
+
+def suppressed(work: Callable[[], object]) -> None:
+    with suppress(StreamClosed):
+        work()
 
 
 def test_pings_are_answered_while_somebody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
