@@ -49,7 +49,7 @@ def start_local_ray() -> None:
     # Ray starts its workers with a niceness of 15: groups and engine would stand back behind every client on this
     # machine, and behind Ray's own daemons.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Serve's controller looks after its deployments ten times a second, for 5 ms, on the cores that compute.
+    # Serve's controller looks after its deployments ten times a second, for milliseconds, on the cores that compute.
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
     try:
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

@@ -101,7 +101,7 @@ class Pending:
     def _sum_of(self, flights: tuple[Flight, ...]) -> Combiner:
         combiner, done = self._combiner(), 0
         if self._small is not None:
-            sum_TH = torch.empty(self._hidden_TH.shape)
+            sum_TH = torch.zeros(self._hidden_TH.shape)
             done = self._small.sum(flights, self._left_s(), sum_TH)
             if done:
                 combiner.add(None, sum_TH)

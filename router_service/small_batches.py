@@ -1,7 +1,8 @@
-"""Batches of a decode step on the CPU, from hidden states to the groups' messages as one compiled function.
+"""Batches of a decode step on the CPU, from hidden states to the groups' messages as one compiled function, and from
+their answers to the sum as another.
 
-Gate, plan and messages are some forty Python calls, which take longer than they look: between two layers a core's
-caches are full of weights. What is not an ordinary batch is left to them.
+Either is some forty Python calls otherwise, which take longer than they look: between two layers a core's caches are
+full of weights. What is not an ordinary batch is left to them.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class SmallBatches:
         return [NodeFlight(version=view.table.version, flights=tuple(flights))]
 
     def sum(self, flights: Sequence[Flight], timeout_s: float, out_TH: torch.Tensor) -> int:
-        """Write the sum of the first flights' answers to `out_TH` (float32 [T, H]); how many they are.
+        """Add the first flights' answers to `out_TH` (float32 zeros [T, H]); how many they are.
 
         The others are to be received one by one, see `sum_answers`.
         """

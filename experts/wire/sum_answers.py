@@ -21,7 +21,7 @@ _ALL = -1
 def sum_answers(
     replies: Sequence[Reply], tokens: Sequence[npt.NDArray[np.int32] | None], timeout_s: float, out_TH: torch.Tensor
 ) -> int:
-    """Write the sum of the first answers, one after the other, to `out_TH` (float32, on the CPU); how many they are.
+    """Add the first answers, one after the other, to `out_TH` (float32 zeros, on the CPU); how many they are.
 
     It ends before the first that is not an ordinary answer over a stream that nobody else reads, or not here in time:
     `Reply.result` of that one says more. Answers in the sum have no `result` any more.

@@ -37,7 +37,7 @@ def compile_add_answers() -> Callable[..., tuple[int, int]]:
         wait_ms     longest wait for input; -1: for ever
         received    uint8, room for a message
         values      float32, room for a message's rows
-        out         float32 [T, H], the sum: one answer after the other, in float32
+        out         float32 [T, H], zeros, to which one answer after the other is added
     """
 
     def add_answers(
@@ -80,19 +80,11 @@ def compile_add_answers() -> Callable[..., tuple[int, int]]:
             rows = num_tokens if counts[at] < 0 else counts[at]
             if shape[0] != rows or shape[1] != hidden_size:
                 return at, have
-            if at == 0 and counts[at] >= 0:
-                out[:] = np.float32(0)
             for row in range(rows):
                 token = row if counts[at] < 0 else tokens[first + row]
-                value, total = values[row * hidden_size : (row + 1) * hidden_size], out[token]
-                if at == 0 and counts[at] < 0:
-                    for i in range(hidden_size):
-                        total[i] = value[i]
-                else:
-                    for i in range(hidden_size):
-                        total[i] += value[i]
-            if counts[at] > 0:
-                first += counts[at]
+                for i in range(hidden_size):
+                    out[token, i] += values[row * hidden_size + i]
+            first += max(0, counts[at])
         return len(sockets), 0
 
     numbers = types.int64[::1]
