@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from bisect import bisect_left
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +60,31 @@ class RouterCounters:
                 self.expert_tokens[layer] = tokens_per_expert_E.copy()
             else:
                 counted += tokens_per_expert_E
+
+    def small_batch(
+        self,
+        layer: int,
+        tokens_per_expert_E: npt.NDArray[np.int64],
+        shares_G3: Sequence[tuple[int, int, int]],
+        num_tokens: int,
+        hidden_size: int,
+        dispatched: float,
+    ) -> None:
+        """Count a batch that went to groups of this node and came back, all of the below at once.
+
+        shares_G3: see `SplitRows`; dispatched: when, on the monotonic clock
+        """
+        copies = [tokens or num_tokens for rows, _, tokens in shares_G3 if rows]
+        num_bytes = sum(copies) * hidden_size * 4
+        self.batch(layer, num_tokens, tokens_per_expert_E)
+        with self.lock:
+            self.token_nodes += num_tokens
+            self.calls += len(copies)
+            self.rows += sum(rows for rows, _, _ in shares_G3)
+            self.token_copies += sum(copies)
+            self.bytes_sent += num_bytes
+            self.bytes_received += num_bytes
+        self.combined(time.monotonic() - dispatched)
 
     def node(self, num_tokens: int) -> None:
         """Count the tokens of a batch that go to one node."""

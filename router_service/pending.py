@@ -12,7 +12,6 @@ from router_service.counters import RouterCounters
 from router_service.failover import Failover
 from router_service.sender import Flight, NodeFlight, Sender
 from router_service.slot_index import IntArray
-from router_service.small_batches import SmallBatches
 from router_service.transport.base import ReplyAbandoned, TransportError
 
 
@@ -30,10 +29,9 @@ class Pending:
         dispatched: float,
         reply_timeout_s: float,
         until: float,
-        small: SmallBatches | None = None,
     ) -> None:
         """dispatched, until: when it began, and the caller's deadline or inf, on the monotonic clock;
-        reply_timeout_s: longest wait for one reply; small: who sent it, where it is a small batch
+        reply_timeout_s: longest wait for one reply
         """
         self._flights = flights
         self._hidden_TH = hidden_TH
@@ -43,7 +41,6 @@ class Pending:
         self._dispatched = dispatched
         self._reply_timeout_s = reply_timeout_s
         self._until = until
-        self._small = small
 
     def result(self) -> torch.Tensor:
         """combined_TH, in hidden's dtype, on its device.
@@ -99,13 +96,8 @@ class Pending:
         return None, self._sum_of(flights).result(torch.float32)
 
     def _sum_of(self, flights: tuple[Flight, ...]) -> Combiner:
-        combiner, done = self._combiner(), 0
-        if self._small is not None:
-            sum_TH = torch.zeros(self._hidden_TH.shape)
-            done = self._small.sum(flights, self._left_s(), sum_TH)
-            if done:
-                combiner.add(None, sum_TH)
-        for flight in flights[done:]:
+        combiner = self._combiner()
+        for flight in flights:
             try:
                 combiner.add(flight.part.tokens_T, self._sender.receive(flight, self._left_s()))
             except (TransportError, ExpertNotResident) as failure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,8 +20,8 @@ from router_service.node_limit import NodeLimit
 from router_service.pending import Pending
 from router_service.placement import PlacementTable
 from router_service.replica_choice import ReplicaChoice
-from router_service.sender import NodeFlight, Sender
-from router_service.small_batches import SmallBatches
+from router_service.sender import Sender
+from router_service.small_batches import SmallBatch, SmallBatches
 from router_service.table_view import TableBoard, TableView
 from router_service.transport.base import Transport
 from router_service.transport.grpc_stream import GrpcTransport
@@ -67,7 +68,11 @@ class Router:
         self._sender = Sender(transport, self.replicas, self.counters, node)
         self._small: SmallBatches | None = None
         if isinstance(transport, GrpcTransport) and max_nodes_per_token is None:
-            self._small = SmallBatches(transport, gates, self._sender, self.replicas, self.counters, node)
+            self._small = SmallBatches(
+                *(transport, gates, self._board, self.replicas, self.counters, node),
+                again=partial(self._dispatch, timeout_s=None),
+                reply_timeout_s=recovery_timeout_s,
+            )
         self._failover = Failover(
             self._board,
             self.replicas,
@@ -101,7 +106,7 @@ class Router:
         for replica in departed:
             self._transport.forget(replica)
 
-    def route(self, layer: int, hidden_TH: torch.Tensor, *, timeout_s: float | None = None) -> Pending:
+    def route(self, layer: int, hidden_TH: torch.Tensor, *, timeout_s: float | None = None) -> Pending | SmallBatch:
         """Gate `hidden_TH` and send its tokens to their experts.
 
         timeout_s: bound of the whole call, the experts' work included. Raises RequestError for a layer without a
@@ -113,10 +118,9 @@ class Router:
             raise RequestError(f"layer {layer} has no gate here; layers with a gate: {known}", "layer")
         _check_hidden(hidden_TH)
         if self._small is not None and timeout_s is None:
-            dispatched = time.monotonic()
-            flights = self._small.send(self._view(), layer, hidden_TH)
-            if flights is not None:
-                return self._pending(flights, hidden_TH, dispatched, math.inf, self._small)
+            batch = self._small.send(self._view(), layer, hidden_TH)
+            if batch is not None:
+                return batch
         limit: ChoiceLimit | None = None
         if self._restrict and self._max_nodes_per_token is not None:
             limit = NodeLimit(self._view().held_by_nodes(layer), self._max_nodes_per_token)
@@ -167,6 +171,8 @@ class Router:
 
     def close(self) -> None:
         """Drop every connection."""
+        if self._small is not None:
+            self._small.close()
         self._transport.close()
 
     def _dispatch(
@@ -185,20 +191,8 @@ class Router:
         cover = view.cover(layer, avoid, self._node) if self._max_nodes_per_token is not None else None
         plan = plan_dispatch(view.slots(layer, avoid), layer, expert_ids_TK, weights_TK, cover)
         self.counters.batch(layer, plan.num_tokens, plan.tokens_per_expert_E)
-        return self._pending(
-            self._sender.send_all(view, plan.parts, hidden_TH, timeout_s), hidden_TH, dispatched, until
-        )
-
-    def _pending(
-        self,
-        flights: list[NodeFlight],
-        hidden_TH: torch.Tensor,
-        dispatched: float,
-        until: float,
-        small: SmallBatches | None = None,
-    ) -> Pending:
         return Pending(
-            flights,
+            self._sender.send_all(view, plan.parts, hidden_TH, timeout_s),
             hidden_TH,
             self._sender,
             self._failover,
@@ -206,7 +200,6 @@ class Router:
             dispatched=dispatched,
             reply_timeout_s=self._timeout_s,
             until=until,
-            small=small,
         )
 
     def _view(self) -> TableView:

@@ -179,11 +179,6 @@ class Sender:
         self._counters.received(partial_TH.nbytes)
         return partial_TH
 
-    def settle(self, flight: Flight, num_bytes: int) -> None:
-        """A part's answer of so many bytes was received by other means."""
-        flight.settle()
-        self._counters.received(num_bytes)
-
     @staticmethod
     def cancel(flight: NodeFlight) -> None:
         """Nobody wants the answers any more; from any thread, and nothing happens to what was received."""

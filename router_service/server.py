@@ -13,6 +13,7 @@ from experts.errors import ConfigError, GroupUnavailable, RequestError
 from experts.wire.codec import MAX_MESSAGE_BYTES
 from router_service.pending import Pending
 from router_service.router import Router
+from router_service.small_batches import SmallBatch
 from router_service.wire.codec import (
     RouterCall,
     decode_dispatch,
@@ -88,7 +89,7 @@ class RouterServer:
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_s).wait()
 
-    def _begin(self, call: RouterCall, timeout_s: float | None) -> Pending:
+    def _begin(self, call: RouterCall, timeout_s: float | None) -> Pending | SmallBatch:
         if call.expert_ids_TK is None or call.weights_TK is None:
             return self._router.route(call.layer, call.hidden_TH, timeout_s=timeout_s)
         return self._router.dispatch(

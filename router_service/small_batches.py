@@ -1,35 +1,42 @@
-"""Batches of a decode step on the CPU, from hidden states to the groups' messages as one compiled function, and from
-their answers to the sum as another.
+"""Batches of a decode step on the CPU: one compiled function from hidden states to the groups' sockets, and one from
+there to the sum.
 
-Either is some forty Python calls otherwise, which take longer than they look: between two layers a core's caches are
-full of weights. What is not an ordinary batch is left to them.
+Either is some hundred Python calls otherwise, which take longer than they look: between two layers a core's caches are
+full of weights. What is not an ordinary batch is left to them, and what does not go its ordinary way is asked again.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 
 import numpy as np
 import torch
 
+from experts.wire.lane import Lane
 from router_service.counters import RouterCounters
 from router_service.dispatch import SplitRows
 from router_service.gating.compiled_gate import CompiledGate
 from router_service.gating.gate import Gate
+from router_service.pending import Pending
 from router_service.replica_choice import ReplicaChoice
-from router_service.sender import Flight, NodeFlight, Sender
 from router_service.slot_index import IntArray, SlotIndex
-from router_service.table_view import TableView
+from router_service.table_view import TableBoard, TableView
 from router_service.transport.grpc_stream import GrpcTransport
 
+_Shape = tuple[int, int, int, int]
 _NONE: IntArray = np.empty(0, np.int32)
 # The messages of more are too long to be copied twice.
 _MOST_TOKENS = 64
 # What surrounds the numbers of a message is shorter.
 _FRAME_BYTES = 128
+# How long compiled code waits at a time, before it is asked whether that is still worth it.
+_PATIENCE_S = 1.0
+# A lane that could not be opened is tried again after so long.
+_RETRY_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -38,7 +45,13 @@ class _Layer:
 
     gate: CompiledGate
     index: SlotIndex
-    run: Callable[..., None]
+    run: Callable[..., bool]
+
+    @property
+    def shape(self) -> _Shape:
+        """What a desk's memory depends on: hidden size, experts a token, columns of logits, experts."""
+        logits = self.gate.formula.logits
+        return logits.panels.shape[1], self.gate.formula.top_k, logits.num_columns, self.index.num_experts
 
     @property
     def slots(self) -> tuple[IntArray, IntArray, IntArray, IntArray]:
@@ -46,100 +59,125 @@ class _Layer:
         return index.slots_of_expert_EJ, index.num_slots_E, index.expert_of_slot_S, index.group_bounds_G1
 
 
-class _Work(threading.local):
-    """A thread's memory for what nobody needs once the messages are out."""
+class _Desk:
+    """A lane to a table's groups, and memory for the batch that is on it: see `compile_ask_groups`."""
 
-    def __init__(self) -> None:
-        self.logits_TP = np.empty((0, 0), np.float32)
-        self.messages = np.empty(0, np.uint8)
+    def __init__(self, lane: Lane, view: TableView, here: _Layer) -> None:
+        hidden_size, top_k, num_columns, _ = self.shape = here.shape
+        rows = _MOST_TOKENS * top_k
+        self.lane = lane
+        self.view = view
+        self.call_id = 0
+        self.logits_TP = np.empty((_MOST_TOKENS, num_columns), np.float32)
+        self.expert_ids_TK = np.empty((_MOST_TOKENS, top_k), np.int64)
+        self.weights_TK = np.empty((_MOST_TOKENS, top_k), np.float32)
+        self.split = SplitRows.of(here.index, rows)
+        self.message = np.empty(_MOST_TOKENS * hidden_size * 4 + 16 * rows + _FRAME_BYTES, np.uint8)
+        self.values = np.empty(_MOST_TOKENS * hidden_size, np.float32)
+        self.progress = np.zeros(2, np.int64)
 
 
 class SmallBatches:
-    """Thread-safe.
+    """Thread-safe: each batch that is out has a desk of its own.
 
     node: the node that the router runs on, None where no groups share messages
+    again: plans and sends a batch of a layer, chosen experts and weights in the ordinary way
+    reply_timeout_s: longest wait for the groups' answers
     """
 
     def __init__(
         self,
         transport: GrpcTransport,
         gates: Mapping[int, Gate],
-        sender: Sender,
+        board: TableBoard,
         replicas: ReplicaChoice,
         counters: RouterCounters,
         node: str | None,
+        *,
+        again: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], Pending],
+        reply_timeout_s: float,
     ) -> None:
+        self.board = board
+        self.counters = counters
+        self.again = again
+        self.reply_timeout_s = reply_timeout_s
         self._transport = transport
         self._gates = gates
-        self._sender = sender
         self._replicas = replicas
-        self._counters = counters
         self._node = node
         self._layers: dict[int, tuple[TableView, _Layer | None]] = {}
-        self._work = _Work()
+        self._lock = threading.Lock()
+        self._view: TableView | None = None
+        self._free: dict[_Shape, list[_Desk]] = {}
+        self._try_again_at = 0.0
+        compiled_add_answers()  # now, rather than in the first request
         for gate in gates.values():
             if isinstance(gate, CompiledGate):
-                _compiled(gate)  # now, rather than in the first request
+                _compiled(gate)
 
-    def send(self, view: TableView, layer: int, hidden_TH: torch.Tensor) -> list[NodeFlight] | None:
-        """Gate a batch and start its calls; None for a batch that is not small, or whose groups are not all here."""
+    def send(self, view: TableView, layer: int, hidden_TH: torch.Tensor) -> SmallBatch | None:
+        """Gate a batch and ask its groups; None for a batch that is not small, or whose groups are not all here."""
         known, here = self._layers.get(layer, (None, None))
         if known is not view:
             _, here = self._layers[layer] = view, self._prepare(view, layer)
-        num_tokens = len(hidden_TH)
         if (
             here is None
-            or not 0 < num_tokens <= _MOST_TOKENS
+            or not 0 < len(hidden_TH) <= _MOST_TOKENS
             or not here.gate.takes(hidden_TH)
-            or not self._transport.takes_message(hidden_TH.nbytes)
+            or not self._transport.sends_inline(hidden_TH.nbytes)
             or self._replicas.unreachable(view)
+            or (desk := self._desk(view, here)) is None
         ):
             return None
-        logits, top_k, num_groups = here.gate.formula.logits, here.gate.formula.top_k, len(view.replicas)
-        num_rows = num_tokens * top_k
-        copies, messages = min(num_groups, top_k), min(num_groups, num_rows)
-        room = copies * hidden_TH.nbytes + messages * _FRAME_BYTES + 16 * num_rows + 4 * num_groups
-        work = self._work
-        if len(work.messages) < room:
-            work.messages = np.empty(room, np.uint8)
-        if work.logits_TP.shape[1] != logits.num_columns:
-            work.logits_TP = np.empty((_MOST_TOKENS, logits.num_columns), np.float32)
-        split = SplitRows.of(here.index, num_rows)
-        call_ids, ends_G = self._transport.call_ids(num_groups), np.empty(num_groups, np.int64)
-        here.run(
-            *(hidden_TH.detach().contiguous().numpy(), *here.gate.constants, work.logits_TP),
-            *(np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.float32)),
-            *(_NONE, *here.slots, *split, call_ids, layer, work.messages, ends_G),
+        desk.call_id += 1
+        began = time.monotonic()
+        sent = here.run(
+            *(hidden_TH.detach().contiguous().numpy(), *here.gate.constants),
+            *(desk.logits_TP, desk.expert_ids_TK, desk.weights_TK, _NONE, *here.slots, *desk.split),
+            *(desk.lane.sockets_G, desk.call_id, layer, desk.message),
         )
-        assert ends_G[-1] <= len(work.messages)  # compiled code looks at no bounds
-        self._counters.batch(layer, num_tokens, split.rows_E)
-        self._counters.node(num_tokens)
-        flights, ids, ends, begin = [], call_ids.tolist(), ends_G.tolist(), 0
-        for part in split.parts(layer):
-            message, begin = work.messages[begin : ends[part.group]].data, ends[part.group]
-            copies = num_tokens if part.tokens_T is None else len(part.tokens_T)
-            send = partial(self._transport.send_message, call_id=ids[part.group], message=message)
-            replica = self._replicas.choose(view, part.group)
-            version, num_bytes = view.table.version, copies * hidden_TH.shape[1] * 4
-            flights.append(self._sender.start(version, part, replica, copies, num_bytes, send))
-        return [NodeFlight(version=view.table.version, flights=tuple(flights))]
+        if not sent:
+            desk.lane.close()
+            return None
+        return SmallBatch(self, desk, layer, hidden_TH, began)
 
-    def sum(self, flights: Sequence[Flight], timeout_s: float, out_TH: torch.Tensor) -> int:
-        """Add the first flights' answers to `out_TH` (float32 zeros [T, H]); how many they are.
+    def free(self, desk: _Desk) -> None:
+        """Nothing is owed on its lane any more."""
+        with self._lock:
+            if desk.view is self._view:
+                self._free.setdefault(desk.shape, []).append(desk)
+                return
+        desk.lane.close()
 
-        The others are to be received one by one, see `sum_answers`.
-        """
-        replies, tokens = [each.reply for each in flights], [each.part.tokens_T for each in flights]
-        count = self._transport.sum_replies(replies, tokens, timeout_s, out_TH)
-        for flight in flights[:count]:
-            tokens_T = flight.part.tokens_T
-            self._sender.settle(flight, (len(out_TH) if tokens_T is None else len(tokens_T)) * out_TH.shape[1] * 4)
-        return count
+    def close(self) -> None:
+        """Drop every lane; those that a batch is on when it is over."""
+        self._use(None)
+
+    def _desk(self, view: TableView, here: _Layer) -> _Desk | None:
+        if self._view is not view:
+            self._use(view)
+        with self._lock:
+            if free := self._free.get(here.shape):
+                return free.pop()
+        if time.monotonic() < self._try_again_at:
+            return None
+        lane = self._transport.lane([replica for (replica,) in view.replicas])
+        if lane is None:
+            self._try_again_at = time.monotonic() + _RETRY_S
+            return None
+        return _Desk(lane, view, here)
+
+    def _use(self, view: TableView | None) -> None:
+        with self._lock:
+            old, self._free, self._view = self._free, {}, view
+        for desks in old.values():
+            for desk in desks:
+                desk.lane.close()
 
     def _prepare(self, view: TableView, layer: int) -> _Layer | None:
         gate = self._gates.get(layer)
-        here = all(replica.node == self._node or self._node is None for each in view.replicas for replica in each)
-        if not isinstance(gate, CompiledGate) or not here or view.missing:
+        alone = all(len(each) == 1 and self._node in (None, each[0].node) for each in view.replicas)
+        if not isinstance(gate, CompiledGate) or not alone:
             return None
         index = view.slots(layer, frozenset())
         if index.num_experts < gate.formula.logits.num_outputs:
@@ -147,8 +185,70 @@ class SmallBatches:
         return _Layer(gate=gate, index=index, run=_compiled(gate))
 
 
-def _compiled(gate: CompiledGate) -> Callable[..., None]:
+class SmallBatch:
+    """A batch whose experts are at work, see `Pending`."""
+
+    def __init__(
+        self, batches: SmallBatches, desk: _Desk, layer: int, hidden_TH: torch.Tensor, dispatched: float
+    ) -> None:
+        """dispatched: when it began, on the monotonic clock"""
+        self._batches = batches
+        self._desk: _Desk | None = desk
+        self._layer = layer
+        self._hidden_TH = hidden_TH
+        self._dispatched = dispatched
+
+    def result(self) -> torch.Tensor:
+        """combined_TH, float32; the same sum, to the bit, and the same errors as `Pending.result`."""
+        # Loads LLVM, which a GPU's process does not need.
+        from experts.wire._numba.add_answers import LATE, SUMMED
+
+        desk, self._desk = self._desk, None
+        assert desk is not None, "a result is taken once"
+        batches, out_TH = self._batches, np.empty(self._hidden_TH.shape, np.float32)
+        desk.progress[:] = 0
+        ended = LATE
+        while ended == LATE and not self._is_hopeless(desk.view):
+            ended = compiled_add_answers()(
+                *(desk.lane.sockets_G, desk.call_id, desk.split.shares_G3, desk.split.tokens_R, desk.progress),
+                *(int(1e3 * _PATIENCE_S), desk.message, desk.values, out_TH),
+            )
+        if ended != SUMMED:
+            desk.lane.close()
+            num_tokens = len(out_TH)
+            chosen = torch.from_numpy(desk.expert_ids_TK[:num_tokens]), torch.from_numpy(desk.weights_TK[:num_tokens])
+            return batches.again(self._layer, self._hidden_TH, *chosen).result()
+        batches.counters.small_batch(
+            *(self._layer, desk.split.rows_E, desk.split.shares_G3.tolist(), *out_TH.shape, self._dispatched)
+        )
+        batches.free(desk)
+        return torch.from_numpy(out_TH)
+
+    def cancel(self) -> None:
+        """Nobody wants the result any more."""
+        desk, self._desk = self._desk, None
+        if desk is not None:
+            desk.lane.close()
+
+    __del__ = cancel
+
+    def _is_hopeless(self, view: TableView) -> bool:
+        """Whether there is another table, or it has taken too long: the ordinary way knows what to do then."""
+        too_long = time.monotonic() - self._dispatched > self._batches.reply_timeout_s
+        return too_long or self._batches.board.view is not view
+
+
+def _compiled(gate: CompiledGate) -> Callable[..., bool]:
     # Loads LLVM, which a GPU's process does not need.
     from router_service._numba.ask_groups import compile_ask_groups
 
     return compile_ask_groups(*gate.formula.kind)
+
+
+@cache
+def compiled_add_answers() -> Callable[..., int]:
+    """What adds the groups' answers; the first call compiles it."""
+    # Loads LLVM, which a GPU's process does not need.
+    from experts.wire._numba.add_answers import compile_add_answers
+
+    return compile_add_answers()

@@ -35,7 +35,8 @@ class _Product(NamedTuple):
 class PackedMatrix:
     """A weight [O, I] and its bias.
 
-    panels:   [P, I, L]: a panel's L outputs lie beside each other, zeros after the last of O
+    panels:   [P, I, L]: a panel's L outputs lie beside each other, zeros after the last of O; in bfloat16 the first
+              half of them in turns with the second
     scale_PL: float32, what a step of an int8 weight is worth; None for other dtypes
     bias_PL:  float32
     """
@@ -97,8 +98,11 @@ def pack_matrix(
 
     num_outputs, num_inputs = weight_OI.shape
     padding = -num_outputs % PANEL
+    panels_PIL = F.pad(weight_OI, (0, 0, 0, padding)).reshape(-1, PANEL, num_inputs).transpose(1, 2)
+    if weight_OI.dtype is torch.bfloat16:
+        panels_PIL = panels_PIL.reshape(-1, num_inputs, 2, PANEL // 2).transpose(2, 3).reshape(-1, num_inputs, PANEL)
     matrix = PackedMatrix(
-        panels=F.pad(weight_OI, (0, 0, 0, padding)).reshape(-1, PANEL, num_inputs).transpose(1, 2).contiguous(),
+        panels=panels_PIL.contiguous(),
         num_outputs=num_outputs,
         scale_PL=None if scale_O is None else F.pad(scale_O.float(), (0, padding)).view(-1, PANEL),
         bias_PL=None if bias_O is None else F.pad(bias_O.float(), (0, padding)).view(-1, PANEL),

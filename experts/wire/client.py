@@ -15,8 +15,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 import grpc
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from experts.errors import ExpertNotResident, MeshError, RequestError, SegmentUnreachable
@@ -52,7 +50,7 @@ _OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 # From here on (both ways together), copying through shared memory costs less than through two sockets.
-_SHARED_BYTES = 128 * 1024
+SHARED_BYTES = 128 * 1024
 
 
 class CallFailed(Exception):
@@ -102,7 +100,7 @@ class _Connection:
 
     def segment(self, nbytes: int) -> Segment | None:
         """Shared memory for a call, or None where the call is small or the peer elsewhere."""
-        return self._segments.take(nbytes) if self._same_machine and nbytes >= _SHARED_BYTES else None
+        return self._segments.take(nbytes) if self._same_machine and nbytes >= SHARED_BYTES else None
 
     def not_shared(self) -> None:
         """The peer is on another machine after all."""
@@ -111,7 +109,7 @@ class _Connection:
     def send(
         self,
         call_id: int,
-        message: bytes | memoryview,
+        message: bytes,
         segment: Segment | None = None,
         resend: Callable[[], Reply] | None = None,
     ) -> Reply:
@@ -123,7 +121,7 @@ class _Connection:
             self._stream.send(message)
         except StreamClosed as error:
             raise CallFailed(f"{self._where}: {error}") from error
-        return StreamReply(self, call_id, resend)
+        return _StreamReply(self, call_id, resend)
 
     def request(self, message: bytes, timeout_s: float) -> Reply:
         return _UnaryReply(self._where, self._forward.future(message, timeout=timeout_s))
@@ -136,22 +134,6 @@ class _Connection:
             raise CallFailed(f"{self._where}: {error}") from error
         self._wanted.discard(call_id)
         return self._arrived.pop(call_id)
-
-    def claim(self, call_id: int) -> int:
-        """As LocalStream's; -1 also where the answer is here, or will be in shared memory."""
-        if not isinstance(self._stream, LocalStream) or (socket := self._stream.claim()) < 0:
-            return -1
-        if call_id in self._lent or call_id in self._arrived:
-            self._stream.release(answered=False)
-            return -1
-        return socket
-
-    def release(self, call_id: int, *, answered: bool, rest: bytes) -> None:
-        """After a `claim` that gave a socket. answered: nobody waits for this reply any more"""
-        assert isinstance(self._stream, LocalStream), "claimed"
-        if answered:
-            self._wanted.discard(call_id)
-        self._stream.release(answered=answered, rest=rest)
 
     def abandon(self, call_id: int) -> None:
         """Nobody waits for this reply any more."""
@@ -172,35 +154,23 @@ class _Connection:
             self._arrived[reply.call_id] = reply
 
 
-class StreamReply:
-    """A Reply that comes over a stream.
-
-    call_id: which its message bears
-    """
+class _StreamReply:
+    """A Reply that comes over a stream."""
 
     def __init__(self, connection: _Connection, call_id: int, resend: Callable[[], Reply] | None) -> None:
-        self.call_id = call_id
+        self._call_id = call_id
         self._connection = connection
         self._resend = resend
 
-    def claim(self) -> int:
-        """A socket that brings this answer next, if none was owed before it, for who alone reads it until `release`;
-        -1 where there is none."""
-        return self._connection.claim(self.call_id)
-
-    def release(self, *, answered: bool, rest: bytes = b"") -> None:
-        """answered: the answer was read, and nobody calls `result`; rest: what else was read."""
-        self._connection.release(self.call_id, answered=answered, rest=rest)
-
     def result(self, timeout_s: float | None = None) -> torch.Tensor:
-        reply = self._connection.wait(self.call_id, timeout_s)
+        reply = self._connection.wait(self._call_id, timeout_s)
         if isinstance(reply.error, SegmentUnreachable) and self._resend is not None:
             self._connection.not_shared()
             return self._resend().result(timeout_s)
         return _partial(reply)
 
     def cancel(self) -> None:
-        self._connection.abandon(self.call_id)
+        self._connection.abandon(self._call_id)
 
     def __del__(self) -> None:
         self.cancel()
@@ -273,19 +243,6 @@ class ExpertClient:
         if timeout_s is not None:
             return connection.request(message, timeout_s)
         return connection.send(call_id, message, segment, lambda: self.send(name, address, call))
-
-    @staticmethod
-    def sends_inline(num_bytes: int) -> bool:
-        """Whether float32 hidden states of so many bytes never go through shared memory."""
-        return 2 * num_bytes < _SHARED_BYTES
-
-    def call_ids(self, count: int) -> npt.NDArray[np.int64]:
-        """For as many messages of `send_message`."""
-        return np.array([next(self._call_ids) for _ in range(count)])
-
-    def send_message(self, name: str, address: str, call_id: int, message: memoryview) -> Reply:
-        """As `send` does, a ForwardRequest without shared memory; it is not needed after."""
-        return self._connection(name, address).send(call_id, message)
 
     def drop(self, name: str, reason: str) -> None:
         """Close the connection to `name`; whatever it owes fails with `reason`."""

@@ -22,11 +22,31 @@ from experts.wire.message_stream import SEND_TIMEOUT_S, MessageStream
 
 _LENGTH = struct.Struct("<I")
 # Bytes of messages without an answer up to which writing cannot block; the kernel keeps more, its own notes included.
-_BUFFERED_BYTES = 128 * 1024
+BUFFERED_BYTES = 128 * 1024
 _NOTES_BYTES = 1024
 _WILDCARDS = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
 _MAX_WAITING = 128
 _CONNECT_TIMEOUT_S = 1.0
+
+
+def connect(address: str) -> socket.socket | None:
+    """A socket to the server at `address` (host:port); None where it is not on this machine, or not ours.
+
+    Before each message, either way, goes its length in four bytes, little-endian; it takes messages of BUFFERED_BYTES
+    that are not answered yet without waiting.
+    """
+    for name in _names(address, wildcard=True):
+        connected = socket.socket(socket.AF_UNIX)
+        connected.settimeout(_CONNECT_TIMEOUT_S)
+        try:
+            connected.connect(name)
+            if _is_ours(connected):
+                connected.settimeout(None)
+                return _with_room(connected)
+        except OSError:
+            pass
+        connected.close()
+    return None
 
 
 class LocalStream(MessageStream):
@@ -40,26 +60,16 @@ class LocalStream(MessageStream):
     @classmethod
     def to(cls, address: str, receive: Callable[[bytes], None]) -> LocalStream | None:
         """A stream to the server at `address` (host:port); None where it is not on this machine, or not ours."""
-        for name in _names(address, wildcard=True):
-            connected = socket.socket(socket.AF_UNIX)
-            connected.settimeout(_CONNECT_TIMEOUT_S)
-            try:
-                connected.connect(name)
-                if _is_ours(connected):
-                    connected.settimeout(None)
-                    return cls(_with_room(connected), receive)
-            except OSError:
-                pass
-            connected.close()
-        return None
+        connected = connect(address)
+        return None if connected is None else cls(connected, receive)
 
     def send(self, message: bytes | memoryview) -> None:
         size, framed = len(message) + _NOTES_BYTES, _LENGTH.pack(len(message)) + message
         with self._one_message:
             # A peer that waits for us to take its answer reads nothing.
-            if self._unanswered_bytes + size > _BUFFERED_BYTES:
+            if self._unanswered_bytes + size > BUFFERED_BYTES:
                 self.read_until(
-                    lambda: not self._unanswered or self._unanswered_bytes + size <= _BUFFERED_BYTES, SEND_TIMEOUT_S
+                    lambda: not self._unanswered or self._unanswered_bytes + size <= BUFFERED_BYTES, SEND_TIMEOUT_S
                 )
             with self._changed:
                 self._unanswered.append(size)
@@ -70,23 +80,6 @@ class LocalStream(MessageStream):
                 self.close(f"UNAVAILABLE: {error}")
             if self._error is not None:
                 raise self._error
-
-    def claim(self) -> int:
-        """The socket's number, for who alone reads it until `release`; -1 where another thread does, where a part of
-        a message was read already, and where the stream is dead."""
-        with self._changed:
-            if self._reading or self._input or self._error is not None:
-                return -1
-            self._reading = True
-            return self._socket.fileno()
-
-    def release(self, *, answered: bool, rest: bytes = b"") -> None:
-        """answered: a whole message was read, and used; rest: what was read and not used"""
-        with self._changed:
-            if answered:
-                self._unanswered_bytes -= self._unanswered.popleft()
-            self._input += rest
-            self._stop_reading()
 
     def _take(self) -> None:
         message = self._message()
@@ -183,7 +176,7 @@ class LocalServer:
 
 
 def _with_room(connected: socket.socket) -> socket.socket:
-    connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _BUFFERED_BYTES)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * BUFFERED_BYTES)
     return connected
 
 

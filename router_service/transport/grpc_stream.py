@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from experts.node_call import NodeCall
 from experts.spec import ExpertCall
-from experts.wire.client import CallAbandoned, CallFailed, ExpertClient, Reply
-from experts.wire.sum_answers import compiled_add_answers, sum_answers
+from experts.wire.client import SHARED_BYTES, CallAbandoned, CallFailed, ExpertClient, Reply
+from experts.wire.lane import Lane
+from experts.wire.own_address import is_own
 from router_service.placement import GroupReplica
-from router_service.slot_index import IntArray
-from router_service.transport.base import PendingReply, ReplyAbandoned, TransportError, relay_of
+from router_service.transport.base import ReplyAbandoned, TransportError, relay_of
 
 WireDtype = Literal["model", "bf16", "fp8"]
 
@@ -29,18 +27,18 @@ _DTYPES: dict[WireDtype, tuple[torch.dtype | None, torch.dtype | None]] = {
 
 class _Reply:
     def __init__(self, reply: Reply) -> None:
-        self.reply = reply
+        self._reply = reply
 
     def result(self, timeout_s: float | None = None) -> torch.Tensor:
         try:
-            return self.reply.result(timeout_s)
+            return self._reply.result(timeout_s)
         except CallAbandoned as error:
             raise ReplyAbandoned(str(error)) from error
         except CallFailed as error:
             raise TransportError(str(error)) from error
 
     def cancel(self) -> None:
-        self.reply.cancel()
+        self._reply.cancel()
 
 
 class GrpcTransport:
@@ -59,41 +57,20 @@ class GrpcTransport:
     def __init__(self, wire_dtype: WireDtype = "model") -> None:
         hidden_dtype, reply_dtype = _DTYPES[wire_dtype]
         self._is_plain = wire_dtype == "model"
-        compiled_add_answers()  # now, rather than in the first call
         self._client = ExpertClient(hidden_dtype=hidden_dtype, reply_dtype=reply_dtype)
 
     def send(self, replica: GroupReplica, call: ExpertCall, timeout_s: float | None = None) -> _Reply:
         return self._send(replica, call, timeout_s)
 
-    def takes_message(self, num_bytes: int) -> bool:
-        """Whether hidden states of so many bytes travel as `send_message` sends them."""
-        return self._is_plain and self._client.sends_inline(num_bytes)
-
-    def call_ids(self, count: int) -> npt.NDArray[np.int64]:
-        """For the messages of as many calls."""
-        return self._client.call_ids(count)
-
-    def send_message(self, replica: GroupReplica, call_id: int, message: memoryview) -> _Reply:
-        """As `send` does, a call in float32 that is a message already."""
-        try:
-            return _Reply(self._client.send_message(replica.replica, replica.address, call_id, message))
-        except CallFailed as error:
-            raise TransportError(str(error)) from error
+    def sends_inline(self, num_bytes: int) -> bool:
+        """Whether float32 hidden states of so many bytes travel as they are, and never through shared memory."""
+        return self._is_plain and 2 * num_bytes < SHARED_BYTES
 
     @staticmethod
-    def sum_replies(
-        replies: Sequence[PendingReply | TransportError],
-        tokens: Sequence[IntArray | None],
-        timeout_s: float,
-        out_TH: torch.Tensor,
-    ) -> int:
-        """See `sum_answers`."""
-        ours: list[Reply] = []
-        for each in replies:
-            if not isinstance(each, _Reply):
-                break
-            ours.append(each.reply)
-        return sum_answers(ours, tokens, timeout_s, out_TH)
+    def lane(replicas: Sequence[GroupReplica]) -> Lane | None:
+        """To ask several replicas with compiled code; None where one is not on this machine, or not ours."""
+        addresses = [replica.address for replica in replicas]
+        return Lane.to(addresses) if all(map(is_own, addresses)) else None
 
     def send_node(self, replicas: Sequence[GroupReplica], call: NodeCall, timeout_s: float | None = None) -> _Reply:
         return self._send(relay_of(replicas, call), call, timeout_s)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import threading
 
 import pytest
 import torch
 
-from experts.wire.codec import encode_call
+from experts.wire.codec import encode_call, encode_partial
+from experts.wire.lane import Lane
 from router_service.counters import RouterCounters
 from router_service.dispatch import plan_dispatch
 from router_service.gating.build import build_gate
@@ -16,10 +18,8 @@ from router_service.gating.gate import GateSpec
 from router_service.placement import GroupReplica, PlacementTable, balanced
 from router_service.replica_choice import ReplicaChoice
 from router_service.router import Router
-from router_service.sender import Sender
 from router_service.small_batches import SmallBatches
-from router_service.table_view import TableView
-from router_service.transport.base import TransportError
+from router_service.table_view import TableBoard, TableView
 from router_service.transport.grpc_stream import GrpcTransport
 
 HIDDEN = 48
@@ -37,16 +37,37 @@ def gate_of(spec, hidden_size=HIDDEN):
     return build_gate(spec, torch.randn(spec.num_experts, hidden_size, generator=generator) * 0.3, bias_E)
 
 
-class Recorder(GrpcTransport):
-    """Keeps what would have been sent."""
+class Listeners(GrpcTransport):
+    """A lane whose other ends keep what is sent, and answer when they are told to."""
 
     def __init__(self, **options):
         super().__init__(**options)
-        self.sent = []
+        self.ends = []
 
-    def send_message(self, replica, call_id, message):
-        self.sent.append((replica, call_id, bytes(message)))
-        raise TransportError("it was kept")
+    def lane(self, replicas):
+        pairs = [socket.socketpair() for _ in replicas]
+        self.ends = [theirs for _, theirs in pairs]
+        for end in self.ends:
+            end.setblocking(False)
+        return Lane([ours for ours, _ in pairs])
+
+    def messages(self):
+        """Of each group, None where it got none."""
+        return [self._message(end) for end in self.ends]
+
+    @staticmethod
+    def _message(end):
+        try:
+            framed = end.recv(1 << 20)
+        except BlockingIOError:
+            return None
+        assert int.from_bytes(framed[:4], "little") == len(framed) - 4
+        return framed[4:]
+
+    def close(self):
+        super().close()
+        for end in self.ends:
+            end.close()
 
 
 def table_of(num_experts, groups, *, nodes=None, redundant=0, layer=3):
@@ -58,53 +79,75 @@ def table_of(num_experts, groups, *, nodes=None, redundant=0, layer=3):
     return PlacementTable(version=1, num_groups=groups, holders=holders, replicas=replicas)
 
 
-def small_batches(gates, transport=None, node="n"):
-    transport, counters, replicas = transport or Recorder(), RouterCounters(), ReplicaChoice()
-    sender = Sender(transport, replicas, counters, node)
-    return SmallBatches(transport, gates, sender, replicas, counters, node), counters
+@pytest.fixture
+def small_batches():
+    made = []
+
+    def make(gates, transport=None, node="n"):
+        transport, board = transport or Listeners(), TableBoard()
+        small = SmallBatches(
+            *(transport, gates, board, ReplicaChoice(), RouterCounters(), node),
+            again=lambda *_: pytest.fail("it is asked again"),
+            reply_timeout_s=30.0,
+        )
+        made.extend((small, transport))
+        return small, transport
+
+    yield make
+    for each in made:
+        each.close()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 17, 64])
 @pytest.mark.parametrize(("groups", "redundant"), [(1, 0), (2, 0), (5, 5)])
 @pytest.mark.parametrize("name", SPECS)
-def test_messages_are_those_of_the_ordinary_way(name, groups, redundant, num_tokens):
+def test_messages_are_those_of_the_ordinary_way(small_batches, name, groups, redundant, num_tokens):
     spec = SPECS[name]
-    gate, recorder = gate_of(spec), Recorder()
-    small, counters = small_batches({3: gate}, recorder)
-    view = TableView(table_of(spec.num_experts, groups, redundant=redundant))
+    gate = gate_of(spec)
+    small, listeners = small_batches({3: gate})
+    small.board.publish(table_of(spec.num_experts, groups, redundant=redundant))
+    view = small.board.view
+    counters, sent = small.counters, 0
     for seed in range(3):  # what one batch leaves behind is not in the next
         hidden_TH = torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
-        recorder.sent.clear()
-        (node,) = small.send(view, 3, hidden_TH)
-        plan = plan_dispatch(view.slots(3, frozenset()), 3, *gate(hidden_TH))
-        assert len(recorder.sent) == len(plan.parts) == len(node.flights)
-        for part, flight, (replica, call_id, message) in zip(plan.parts, node.flights, recorder.sent, strict=True):
-            assert replica.group == part.group == flight.part.group
-            assert message == encode_call(part.call(hidden_TH), call_id)
-            for mine, other in zip(flight.part.rows(), part.rows(), strict=True):
-                assert mine.tolist() == other.tolist()
+        batch = small.send(view, 3, hidden_TH)
+        plan, messages = plan_dispatch(view.slots(3, frozenset()), 3, *gate(hidden_TH)), listeners.messages()
+        parts, expected_TH = {part.group: part for part in plan.parts}, torch.zeros(num_tokens, HIDDEN)
+        for group, message in enumerate(messages):
+            if group not in parts:
+                assert message is None
+                continue
+            call, rows = parts[group].call(hidden_TH), parts[group].tokens_T
+            assert message == encode_call(call, seed + 1)
+            partial_TH = torch.randn(call.hidden_TH.shape)
+            answer = encode_partial(seed + 1, partial_TH, torch.float32)
+            listeners.ends[group].send(len(answer).to_bytes(4, "little") + answer)
+            expected_TH[slice(None) if rows is None else rows.tolist()] += partial_TH
+            sent += len(partial_TH)
+        assert torch.equal(batch.result(), expected_TH)
     expected = 3 * num_tokens
     assert (counters.batches, counters.tokens, counters.token_nodes) == (3, expected, expected)
     assert counters.rows == expected * spec.num_experts_per_tok
-    assert counters.bytes_sent == counters.token_copies * HIDDEN * 4
+    assert counters.token_copies == sent
+    assert counters.bytes_sent == counters.bytes_received == sent * HIDDEN * 4
     assert counters.expert_tokens[3].sum() == counters.rows
+    assert sum(counters.latency_counts) == 3
 
 
 @pytest.mark.parametrize(("experts", "num_tokens"), [(16, 8), (128, 15), (256, 64)])
-def test_there_is_room_for_the_messages_of_many_groups(experts, num_tokens):
+def test_there_is_room_for_the_messages_of_many_groups(small_batches, experts, num_tokens):
     spec = GateSpec(system="qwen3_moe", num_experts=experts, num_experts_per_tok=experts // 16 + 1)
     gate, view = gate_of(spec), TableView(table_of(experts, experts))
-    for seed in range(10):
-        recorder = Recorder()
-        small, _ = small_batches({3: gate}, recorder)  # one that has no room yet
-        hidden_TH = torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
-        small.send(view, 3, hidden_TH)
-        plan = plan_dispatch(view.slots(3, frozenset()), 3, *gate(hidden_TH))
-        for part, (_, call_id, message) in zip(plan.parts, recorder.sent, strict=True):
-            assert message == encode_call(part.call(hidden_TH), call_id)
+    small, listeners = small_batches({3: gate})
+    hidden_TH = torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(1))
+    batch = small.send(view, 3, hidden_TH)
+    messages = listeners.messages()
+    for part in plan_dispatch(view.slots(3, frozenset()), 3, *gate(hidden_TH)).parts:
+        assert messages[part.group] == encode_call(part.call(hidden_TH), 1)
+    batch.cancel()
 
 
-def test_what_is_no_small_batch_is_left_to_the_ordinary_way():
+def test_what_is_no_small_batch_is_left_to_the_ordinary_way(small_batches):
     spec = SPECS["mixtral"]
     gate, table = gate_of(spec), table_of(8, 2)
     view, hidden_TH = TableView(table), torch.randn(2, HIDDEN)
@@ -116,15 +159,71 @@ def test_what_is_no_small_batch_is_left_to_the_ordinary_way():
     # Wide enough for shared memory, a dtype for the wire, a gate without a formula, an expert that nobody has.
     wide = gate_of(spec, 1 << 15)
     assert small_batches({3: wide})[0].send(view, 3, torch.randn(1, 1 << 15)) is None
-    assert small_batches({3: gate}, Recorder(wire_dtype="bf16"))[0].send(view, 3, hidden_TH) is None
+    assert small_batches({3: gate}, Listeners(wire_dtype="bf16"))[0].send(view, 3, hidden_TH) is None
     assert small_batches({3: gate.gate})[0].send(view, 3, hidden_TH) is None
     assert small.send(TableView(table_of(7, 2)), 3, hidden_TH) is None
-    # Groups that are lost, elsewhere, or elsewhere together.
+    # Groups that are lost, elsewhere, elsewhere together, or more than once; and nobody who listens.
     lost = dataclasses.replace(table, replicas=table.replicas[:1])
     assert small.send(TableView(lost), 3, hidden_TH) is None
+    twice = dataclasses.replace(table.replicas[0], replica="another")
+    assert small.send(TableView(dataclasses.replace(table, replicas=(*table.replicas, twice))), 3, hidden_TH) is None
     apart = TableView(table_of(8, 2, nodes=["n", "m"]))
     assert small.send(apart, 3, hidden_TH) is None
     assert small_batches({3: gate}, node=None)[0].send(apart, 3, hidden_TH)
+    assert small_batches({3: gate}, GrpcTransport())[0].send(view, 3, hidden_TH) is None
+
+
+def test_a_lane_lasts_until_something_is_out_of_the_ordinary(small_batches):
+    gate, hidden_TH = gate_of(SPECS["mixtral"]), torch.randn(2, HIDDEN)
+    small, listeners = small_batches(dict.fromkeys((3, 4), gate))
+    table = dataclasses.replace(table_of(8, 1), holders=table_of(8, 1).holders | table_of(8, 1, layer=4).holders)
+    small.board.publish(table)
+    view = small.board.view
+
+    def answered(layer, call_id):
+        batch = small.send(view, layer, hidden_TH)
+        answer = encode_partial(call_id, hidden_TH, torch.float32)
+        listeners.ends[0].send(len(answer).to_bytes(4, "little") + answer)
+        return torch.equal(batch.result(), hidden_TH)
+
+    assert answered(3, 1)
+    assert answered(4, 2)
+    assert answered(3, 3)
+    small.send(view, 3, hidden_TH).cancel()  # and what it owes with it
+    assert answered(3, 1)
+    del listeners.ends[:]  # the peer is gone
+    assert small.send(view, 3, hidden_TH) is None
+    assert answered(3, 1)
+    small.board.publish(dataclasses.replace(table, version=2))
+    view = small.board.view
+    assert answered(3, 1)
+
+
+def test_what_is_late_is_asked_again_where_the_table_says_something_new(monkeypatch, small_batches):
+    gate, hidden_TH, asked = gate_of(SPECS["mixtral"]), torch.randn(2, HIDDEN), []
+    small, _ = small_batches({3: gate})
+    small.board.publish(table_of(8, 1))
+    view = small.board.view
+
+    class Again:
+        def result(self):
+            return "the sum"
+
+    monkeypatch.setattr(small, "again", lambda *call: asked.append(call) or Again())
+    monkeypatch.setattr("router_service.small_batches._PATIENCE_S", 0.001)
+    publish = threading.Timer(0.1, small.board.publish, [dataclasses.replace(view.table, version=2)])
+    batch = small.send(view, 3, hidden_TH)
+    publish.start()
+    assert batch.result() == "the sum"
+    publish.join()
+    ((layer, hidden, ids_TK, weights_TK),) = asked
+    assert layer == 3
+    assert hidden is hidden_TH
+    assert ids_TK.equal(gate(hidden_TH).expert_ids_TK)
+    assert weights_TK.equal(gate(hidden_TH).weights_TK)
+    # Or where it has taken too long.
+    monkeypatch.setattr(small, "reply_timeout_s", 0.01)
+    assert small.send(small.board.view, 3, hidden_TH).result() == "the sum"
 
 
 @pytest.fixture

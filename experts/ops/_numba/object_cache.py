@@ -66,10 +66,14 @@ def part(variant: tuple[object, ...], **options: Any) -> Callable[[Callable[...,
     return decorate
 
 
-def remember_sources(package_file: str) -> None:
-    """A package's sources as they are when it is imported, which is what will be compiled, whatever changes later."""
+def remember_sources(package_file: str) -> str:
+    """A package's sources as they are when it is imported, which is what will be compiled, whatever changes later.
+
+    Returns their hash, for the `variant` of functions of other packages that are made of these.
+    """
     directory = Path(package_file).parent
     _SOURCES[directory] = _hash_of(directory)
+    return _SOURCES[directory]
 
 
 def _sources_beside(function: Callable[..., None]) -> str:

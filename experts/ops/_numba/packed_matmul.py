@@ -1,10 +1,11 @@
 """The product of float32 rows and packed matrices, compiled for this machine's CPU.
 
 A matrix lies in panels of PANEL outputs, input by input, so that a panel is read once from its first byte to its
-last. A tile keeps its sums, TILE_ROWS rows of one panel, in registers: for each input it widens the panel's weights
-to float32 and adds their products with one value of each row (the inner loop of Goto and van de Geijn 2008,
-"Anatomy of High-Performance Matrix Multiplication"). Inputs are added in ascending order whatever the tile, so a
-row's result does not depend on the rows beside it.
+last; bfloat16 numbers so that each word of four bytes has one of a panel's first half and one of its second. A tile
+keeps its sums, TILE_ROWS rows of one panel, in registers: for each input it widens the panel's weights to float32 and
+adds their products with one value of each row (the inner loop of Goto and van de Geijn 2008, "Anatomy of
+High-Performance Matrix Multiplication"). Inputs are added in ascending order whatever the tile, so a row's result does
+not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ _LEAST_DEPTH = 512
 # How far ahead memory is asked for; processors' own prefetchers stop at every page.
 _AHEAD_BYTES = 8192
 
-_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_I8, _I32, _I64 = (ir.IntType(bits) for bits in (8, 32, 64))
 _FLOAT = ir.VectorType(ir.FloatType(), _LANES)
 _INT = ir.VectorType(_I32, _LANES)
+_BYTES = ir.VectorType(_I8, _LANES)
+_HALVES = ir.VectorType(ir.HalfType(), _LANES)
 _FLOAT_BYTES = _LANES * 4
 _ZERO = ir.Constant(_FLOAT, [ir.Constant(ir.FloatType(), 0.0)] * _LANES)
 
@@ -47,24 +50,26 @@ Kind = tuple[str, bool]
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """Bytes of a weight, its type, how a vector of them becomes float32, and whether that is steps of a scale."""
+    """Bytes of a weight, how what lies in a panel for one input is read and becomes vectors of float32 (the type of a
+    read, and what is made of each), and whether these are steps of a scale."""
 
     itemsize: int
-    element: ir.Type
-    widen: Callable[[ir.IRBuilder, ir.Value], ir.Value]
+    read: ir.Type
+    widen: Callable[[ir.IRBuilder, ir.Value], list[ir.Value]]
     scaled: bool = False
 
 
-def _widen_bfloat16(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
-    sixteen = ir.Constant(_INT, [ir.Constant(_I32, 16)] * _LANES)
-    return builder.bitcast(builder.shl(builder.zext(bits, _INT), sixteen), _FLOAT)
+def _widen_bfloat16(builder: ir.IRBuilder, pairs: ir.Value) -> list[ir.Value]:
+    """A bfloat16 is the upper half of its float32: of those that share a word one is moved there, one is there."""
+    sixteen, upper = (ir.Constant(_INT, [ir.Constant(_I32, value)] * _LANES) for value in (16, 0xFFFF0000))
+    return [builder.bitcast(bits, _FLOAT) for bits in (builder.shl(pairs, sixteen), builder.and_(pairs, upper))]
 
 
 _FORMATS = {
-    "float32": _Format(4, ir.FloatType(), lambda _, weights: weights),
-    "bfloat16": _Format(2, _I16, _widen_bfloat16),
-    "float16": _Format(2, ir.HalfType(), lambda builder, weights: builder.fpext(weights, _FLOAT)),
-    "int8": _Format(1, _I8, lambda builder, steps: builder.sitofp(builder.sext(steps, _INT), _FLOAT), scaled=True),
+    "float32": _Format(4, _FLOAT, lambda _, weights: [weights]),
+    "bfloat16": _Format(2, _INT, _widen_bfloat16),
+    "float16": _Format(2, _HALVES, lambda builder, halves: [builder.fpext(halves, _FLOAT)]),
+    "int8": _Format(1, _BYTES, lambda builder, steps: [builder.sitofp(builder.sext(steps, _INT), _FLOAT)], scaled=True),
 }
 
 
@@ -163,7 +168,6 @@ class _Tile:
         self._kind = kind
         self._biased = biased
         self._rows = rows
-        self._weights = ir.VectorType(kind.element, _LANES)
 
     def emit(
         self,
@@ -212,10 +216,11 @@ class _Tile:
         builder, itemsize = self._builder, self._kind.itemsize
         for line in range(0, PANEL * itemsize, 64):
             self._prefetch(self._at(weights, ir.Constant(_I64, _AHEAD_BYTES + line)))
-        widened = [
-            self._kind.widen(builder, self._load(self._at(weights, ir.Constant(_I64, offset)), self._weights))
-            for offset in range(0, PANEL * itemsize, _LANES * itemsize)
-        ]
+        read = self._kind.read
+        widened: list[ir.Value] = []
+        while len(widened) < _VECTORS:
+            place = self._at(weights, ir.Constant(_I64, len(widened) * _LANES * itemsize))
+            widened += self._kind.widen(builder, self._load(place, read))
         added: list[ir.Value] = []
         for row in rows:
             value = self._load(self._at(row, self._times(index, 4)), ir.FloatType())
