@@ -20,6 +20,8 @@ ROWS_A_READ = 8
 _SHARED_WORK = 8 << 20
 # What a packed matrix may hold.
 HELD = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int8: "int8"}
+DOTS = "int8_dots"
+"""What compiled code calls int8 where it multiplies bytes, see `experts.ops._numba.dot_matmul`."""
 
 
 class _Product(NamedTuple):
@@ -36,7 +38,8 @@ class PackedMatrix:
     """A weight [O, I] and its bias.
 
     panels:   [P, I, L]: a panel's L outputs lie beside each other, zeros after the last of O; in bfloat16 the first
-              half of them in turns with the second
+              half of them in turns with the second; uint8 is int8 with 128 added, where four inputs of each output lie
+              beside each other
     scale_PL: float32, what a step of an int8 weight is worth; None for other dtypes
     bias_PL:  float32
     """
@@ -49,7 +52,7 @@ class PackedMatrix:
     @property
     def format(self) -> str:
         """What compiled code calls the dtype."""
-        return HELD[self.panels.dtype]
+        return DOTS if self.panels.dtype is torch.uint8 else HELD[self.panels.dtype]
 
     @property
     def kind(self) -> tuple[str, bool]:
@@ -94,13 +97,17 @@ def pack_matrix(
 ) -> PackedMatrix:
     """`weight_OI`, in a dtype of HELD, laid out in panels for this CPU; the product is compiled before any call."""
     # Loads LLVM, which a process without experts on CPU does not need.
-    from experts.ops._numba.packed_matmul import PANEL
+    from experts.ops._numba.dot_matmul import INPUTS, MOST_INPUTS
+    from experts.ops._numba.vectors import HAS_DOTS, PANEL
 
     num_outputs, num_inputs = weight_OI.shape
     padding = -num_outputs % PANEL
     panels_PIL = F.pad(weight_OI, (0, 0, 0, padding)).reshape(-1, PANEL, num_inputs).transpose(1, 2)
     if weight_OI.dtype is torch.bfloat16:
         panels_PIL = panels_PIL.reshape(-1, num_inputs, 2, PANEL // 2).transpose(2, 3).reshape(-1, num_inputs, PANEL)
+    if weight_OI.dtype is torch.int8 and HAS_DOTS and num_inputs % INPUTS == 0 and num_inputs <= MOST_INPUTS:
+        fours_PIL = panels_PIL.reshape(-1, num_inputs // INPUTS, INPUTS, PANEL).transpose(2, 3)
+        panels_PIL = (fours_PIL.reshape(-1, num_inputs, PANEL).short() + 128).to(torch.uint8)
     matrix = PackedMatrix(
         panels=panels_PIL.contiguous(),
         num_outputs=num_outputs,
@@ -122,8 +129,9 @@ def packed_matmul(matrix: PackedMatrix, rows_RI: torch.Tensor, team: ThreadTeam 
 
     team: threads that share the outputs where there is enough to do
 
-    Weights are widened to float32 as they are read, and sums are float32, in ascending order of inputs: a row's
-    result depends neither on the other rows nor on the threads. The GIL is not held.
+    Weights are widened to float32 as they are read, and sums are float32, in ascending order of inputs (in DOTS rows
+    are rounded to 16 bits, and sums are exact): a row's result depends neither on the other rows nor on the threads.
+    The GIL is not held.
     """
     num_panels, num_inputs, panel = matrix.panels.shape
     assert rows_RI.dtype is torch.float32

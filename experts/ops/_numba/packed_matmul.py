@@ -15,33 +15,22 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
+from experts.ops._numba.dot_matmul import compile_dot_matmul
 from experts.ops._numba.object_cache import compiled
+from experts.ops._numba.vectors import FLOAT, I8, I64, INT, LANES, PANEL, VECTOR_BYTES, VECTORS, Emitter, same
+from experts.ops.packed_matmul import DOTS
 
-# AVX-512 has 32 registers of 16 numbers; elsewhere 16 of 8 is what there is at least.
-_LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
-TILE_ROWS = 12 if _LANES == 16 else 6
-_VECTORS = 2
-PANEL = _VECTORS * _LANES
+TILE_ROWS = 12 if LANES == 16 else 6
 # Rows' inputs are taken in pieces of so many bytes, which stay in a core's second cache for all panels,
 _CACHED_BYTES = 512 << 10
 # but not fewer at once than pay for putting sums aside.
 _LEAST_DEPTH = 512
-# How far ahead memory is asked for; processors' own prefetchers stop at every page.
-_AHEAD_BYTES = 8192
-
-_I8, _I32, _I64 = (ir.IntType(bits) for bits in (8, 32, 64))
-_FLOAT = ir.VectorType(ir.FloatType(), _LANES)
-_INT = ir.VectorType(_I32, _LANES)
-_BYTES = ir.VectorType(_I8, _LANES)
-_HALVES = ir.VectorType(ir.HalfType(), _LANES)
-_FLOAT_BYTES = _LANES * 4
-_ZERO = ir.Constant(_FLOAT, [ir.Constant(ir.FloatType(), 0.0)] * _LANES)
+_BYTES = ir.VectorType(I8, LANES)
+_HALVES = ir.VectorType(ir.HalfType(), LANES)
 
 
 # A packed matrix's dtype as compiled code calls it, and whether it has biases.
@@ -61,15 +50,15 @@ class _Format:
 
 def _widen_bfloat16(builder: ir.IRBuilder, pairs: ir.Value) -> list[ir.Value]:
     """A bfloat16 is the upper half of its float32: of those that share a word one is moved there, one is there."""
-    sixteen, upper = (ir.Constant(_INT, [ir.Constant(_I32, value)] * _LANES) for value in (16, 0xFFFF0000))
-    return [builder.bitcast(bits, _FLOAT) for bits in (builder.shl(pairs, sixteen), builder.and_(pairs, upper))]
+    moved, there = builder.shl(pairs, same(INT, 16)), builder.and_(pairs, same(INT, 0xFFFF0000))
+    return [builder.bitcast(bits, FLOAT) for bits in (moved, there)]
 
 
 _FORMATS = {
-    "float32": _Format(4, _FLOAT, lambda _, weights: [weights]),
-    "bfloat16": _Format(2, _INT, _widen_bfloat16),
-    "float16": _Format(2, _HALVES, lambda builder, halves: [builder.fpext(halves, _FLOAT)]),
-    "int8": _Format(1, _BYTES, lambda builder, steps: [builder.sitofp(builder.sext(steps, _INT), _FLOAT)], scaled=True),
+    "float32": _Format(4, FLOAT, lambda _, weights: [weights]),
+    "bfloat16": _Format(2, INT, _widen_bfloat16),
+    "float16": _Format(2, _HALVES, lambda builder, halves: [builder.fpext(halves, FLOAT)]),
+    "int8": _Format(1, _BYTES, lambda builder, steps: [builder.sitofp(builder.sext(steps, INT), FLOAT)], scaled=True),
 }
 
 
@@ -81,6 +70,8 @@ def compile_matmul(weight_format: str, *, biased: bool) -> Callable[..., None]:
     where there are none, and of where each matrix's rows start [M + 1]; panels and inputs of a matrix; address of the
     first matrix's first row, and bytes from one row to the next; the same of the result, whose rows hold whole panels.
     """
+    if weight_format == DOTS:
+        return compile_dot_matmul(biased=biased)
     kind = _FORMATS[weight_format]
     panel_bytes = PANEL * kind.itemsize
     tile = _tile(kind, biased)
@@ -148,7 +139,7 @@ def _tile(kind: _Format, biased: bool) -> Any:
             versions = builder.switch(values[0], done)
             for rows in range(1, TILE_ROWS + 1):
                 version = builder.append_basic_block(f"rows_{rows}")
-                versions.add_case(ir.Constant(_I64, rows), version)
+                versions.add_case(ir.Constant(I64, rows), version)
                 builder.position_at_end(version)
                 _Tile(builder, kind, biased, rows).emit(*values[1:])
                 builder.branch(done)
@@ -160,11 +151,11 @@ def _tile(kind: _Format, biased: bool) -> Any:
     return tile
 
 
-class _Tile:
+class _Tile(Emitter):
     """Emits the code of a tile of `rows` rows."""
 
     def __init__(self, builder: ir.IRBuilder, kind: _Format, biased: bool, rows: int) -> None:
-        self._builder = builder
+        super().__init__(builder)
         self._kind = kind
         self._biased = biased
         self._rows = rows
@@ -183,74 +174,43 @@ class _Tile:
         out_bytes: ir.Value,
     ) -> None:
         """Sums of `depth` inputs to `out`: from zero at the first, times scales and with biases at the last."""
-        builder = self._builder
-        vectors = [(r, v) for r in range(self._rows) for v in range(_VECTORS)]
-        places = [self._at(out, self._times(out_bytes, r), v * _FLOAT_BYTES) for r, v in vectors]
-        rows = [self._at(row, self._times(row_bytes, r)) for r in range(self._rows)]
-        before = [builder.select(is_first, _ZERO, self._load(place, _FLOAT)) for place in places]
+        builder = self.builder
+        vectors = [(r, v) for r in range(self._rows) for v in range(VECTORS)]
+        places = [self.at(out, self.times(out_bytes, r), v * VECTOR_BYTES) for r, v in vectors]
+        rows = [self.at(row, self.times(row_bytes, r)) for r in range(self._rows)]
+        before = [builder.select(is_first, same(FLOAT, 0.0), self.load(place, FLOAT)) for place in places]
         entry, loop, after = builder.block, builder.append_basic_block("input"), builder.append_basic_block("summed")
         builder.branch(loop)
         builder.position_at_end(loop)
-        index = builder.phi(_I64)
-        sums = [builder.phi(_FLOAT) for _ in places]
-        added = self._add_input(self._at(weights, self._times(index, PANEL * self._kind.itemsize)), rows, index, sums)
-        following = builder.add(index, ir.Constant(_I64, 1))
-        for phi, start, end in zip([index, *sums], [ir.Constant(_I64, 0), *before], [following, *added], strict=True):
+        index = builder.phi(I64)
+        sums = [builder.phi(FLOAT) for _ in places]
+        added = self._add_input(self.at(weights, self.times(index, PANEL * self._kind.itemsize)), rows, index, sums)
+        following = builder.add(index, ir.Constant(I64, 1))
+        for phi, start, end in zip([index, *sums], [ir.Constant(I64, 0), *before], [following, *added], strict=True):
             phi.add_incoming(start, entry)
             phi.add_incoming(end, loop)
         builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
         builder.position_at_end(after)
         if self._kind.scaled or self._biased:
-            one = ir.Constant(_FLOAT, [ir.Constant(ir.FloatType(), 1.0)] * _LANES)
-            steps = self._load_panel(scale) if self._kind.scaled else [one] * _VECTORS
-            biases = self._load_panel(bias) if self._biased else [_ZERO] * _VECTORS
-            worth = [self._multiply_add(sum_, steps[v], biases[v]) for sum_, (_, v) in zip(added, vectors, strict=True)]
+            steps = self.load_panel(scale) if self._kind.scaled else [same(FLOAT, 1.0)] * VECTORS
+            biases = self.load_panel(bias) if self._biased else [same(FLOAT, 0.0)] * VECTORS
+            worth = [self.multiply_add(sum_, steps[v], biases[v]) for sum_, (_, v) in zip(added, vectors, strict=True)]
             added = [builder.select(is_last, *choice) for choice in zip(worth, added, strict=True)]
         for place, total in zip(places, added, strict=True):
-            builder.store(total, builder.inttoptr(place, _FLOAT.as_pointer()), align=4)
+            self.store(total, place)
 
     def _add_input(
         self, weights: ir.Value, rows: Sequence[ir.Value], index: ir.Value, sums: Sequence[ir.Value]
     ) -> list[ir.Value]:
         """The sums after one more input: its weights for a panel, times every row's value."""
-        builder, itemsize = self._builder, self._kind.itemsize
-        for line in range(0, PANEL * itemsize, 64):
-            self._prefetch(self._at(weights, ir.Constant(_I64, _AHEAD_BYTES + line)))
-        read = self._kind.read
+        itemsize, read = self._kind.itemsize, self._kind.read
+        self.prefetch(weights, PANEL * itemsize, once=self._rows < TILE_ROWS)
         widened: list[ir.Value] = []
-        while len(widened) < _VECTORS:
-            place = self._at(weights, ir.Constant(_I64, len(widened) * _LANES * itemsize))
-            widened += self._kind.widen(builder, self._load(place, read))
+        while len(widened) < VECTORS:
+            place = self.after(weights, len(widened) * LANES * itemsize)
+            widened += self._kind.widen(self.builder, self.load(place, read))
         added: list[ir.Value] = []
         for row in rows:
-            value = self._load(self._at(row, self._times(index, 4)), ir.FloatType())
-            first = builder.insert_element(ir.Constant(_FLOAT, ir.Undefined), value, ir.Constant(_I32, 0))
-            spread = builder.shuffle_vector(first, first, ir.Constant(_INT, [ir.Constant(_I32, 0)] * _LANES))
-            added += [self._multiply_add(weight, spread, sums[len(added) + v]) for v, weight in enumerate(widened)]
+            value = self.spread(self.load(self.at(row, self.times(index, 4)), ir.FloatType()))
+            added += [self.multiply_add(weight, value, sums[len(added) + v]) for v, weight in enumerate(widened)]
         return added
-
-    def _times(self, value: ir.Value, factor: int) -> ir.Value:
-        return self._builder.mul(value, ir.Constant(_I64, factor))
-
-    def _at(self, address: ir.Value, offset: ir.Value, constant: int = 0) -> ir.Value:
-        return self._builder.add(address, self._builder.add(offset, ir.Constant(_I64, constant)))
-
-    def _load(self, address: ir.Value, kind: ir.Type) -> ir.Value:
-        return self._builder.load(self._builder.inttoptr(address, kind.as_pointer()), align=1)
-
-    def _load_panel(self, address: ir.Value) -> list[ir.Value]:
-        return [self._load(self._at(address, ir.Constant(_I64, v * _FLOAT_BYTES)), _FLOAT) for v in range(_VECTORS)]
-
-    def _multiply_add(self, left: ir.Value, right: ir.Value, total: ir.Value) -> ir.Value:
-        kind = ir.FunctionType(_FLOAT, [_FLOAT] * 3)
-        function = cgutils.get_or_insert_function(self._builder.module, kind, f"llvm.fmuladd.v{_LANES}f32")
-        return self._builder.call(function, [left, right, total])
-
-    def _prefetch(self, address: ir.Value) -> None:
-        pointer = _I8.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
-        prefetch = cgutils.get_or_insert_function(self._builder.module, kind, "llvm.prefetch.p0")
-        # Weights that no other tile will read leave the caches as they were, and the next Python call finds its own.
-        locality = 0 if self._rows < TILE_ROWS else 3
-        read, keep, data = (ir.Constant(_I32, value) for value in (0, locality, 1))
-        self._builder.call(prefetch, [self._builder.inttoptr(address, pointer), read, keep, data])
