@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from cluster.serving import attention, moe_block
 from cluster.serving.attention_batch import AttentionBatch
+from cluster.serving.compiled_layer import CompiledLayer
 from cluster.serving.compiled_mlp import compile_mlps
 from cluster.serving.compiled_norm import compile_norms
 from cluster.serving.grouped_query_layer import GroupedQueryLayer
@@ -63,6 +64,8 @@ class ModelSkeleton:
         self.vocab_size: int = config.vocab_size
         self.max_position_embeddings = rope_reach(config)
         self.connection: RouterConnection = model.router_connection  # type: ignore[assignment]
+        layers = getattr(getattr(model, "model", None), "layers", ())
+        self._is_compiled = len(layers) > 0 and all(isinstance(layer, CompiledLayer) for layer in layers)
 
     def connect(self, router: ExpertRouter) -> None:
         """Send expert work to `router`, which was built with `gates`."""
@@ -76,15 +79,28 @@ class ModelSkeleton:
         logits_rows: torch.Tensor,
     ) -> torch.Tensor:
         """One step of all sequences in `batch`'s order; logits [len(logits_rows), vocabulary], float32."""
-        output = self.model(
-            input_ids=input_ids_T[None],
-            position_ids=positions_T[None],
-            past_key_values=attention.StepCache(batch, latent=self.kv_layout.latent),
-            use_cache=True,
-            logits_to_keep=logits_rows,
-            attention_batch=batch,
-        )
+        arguments: dict[str, Any] = {
+            "position_ids": positions_T[None],
+            "past_key_values": attention.StepCache(batch, latent=self.kv_layout.latent),
+            "use_cache": True,
+            "attention_batch": batch,
+        }
+        if self._is_compiled:
+            return self._forward_compiled(input_ids_T[None], logits_rows, arguments)
+        output = self.model(input_ids=input_ids_T[None], logits_to_keep=logits_rows, **arguments)
         logits: torch.Tensor = output.logits[0]
+        return logits.float()
+
+    def _forward_compiled(
+        self, input_ids_1T: torch.Tensor, logits_rows: torch.Tensor, arguments: dict[str, Any]
+    ) -> torch.Tensor:
+        """What the model's own forward does, of which little is left: what it does besides takes as long as a layer."""
+        decoder: Any = self.model.model
+        hidden_1TH = decoder.embed_tokens(input_ids_1T)
+        rope = decoder.rotary_emb(hidden_1TH, position_ids=arguments["position_ids"])
+        for layer in decoder.layers:
+            hidden_1TH = layer(hidden_1TH, attention_mask=None, position_embeddings=rope, **arguments)
+        logits: torch.Tensor = self.model.lm_head(decoder.norm(hidden_1TH[0, logits_rows]))  # type: ignore[operator]
         return logits.float()
 
 
