@@ -75,7 +75,7 @@ class GrpcStream(MessageStream):
     def is_open(self) -> bool:
         return super().is_open and not self._draining
 
-    def send(self, message: bytes | memoryview) -> None:
+    def send(self, message: bytes) -> None:
         with self._one_message:
             left = memoryview(struct.pack(">BI", 0, len(message)) + message)
             while left:

@@ -63,7 +63,7 @@ class LocalStream(MessageStream):
         connected = connect(address)
         return None if connected is None else cls(connected, receive)
 
-    def send(self, message: bytes | memoryview) -> None:
+    def send(self, message: bytes) -> None:
         size, framed = len(message) + _NOTES_BYTES, _LENGTH.pack(len(message)) + message
         with self._one_message:
             # A peer that waits for us to take its answer reads nothing.

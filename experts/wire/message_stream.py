@@ -39,7 +39,7 @@ class MessageStream(ABC):
         self._poll.register(connected, select.POLLIN)
 
     @abstractmethod
-    def send(self, message: bytes | memoryview) -> None:
+    def send(self, message: bytes) -> None:
         """Write a message; waits while the peer does not take it. Raises StreamClosed."""
 
     @abstractmethod
