@@ -37,6 +37,8 @@ _FRAME_BYTES = 128
 _PATIENCE_S = 1.0
 # A lane that could not be opened is tried again after so long.
 _RETRY_S = 1.0
+# Batches that may be out at a time: each takes a thread of every group.
+_MOST_OUT = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -109,6 +111,7 @@ class SmallBatches:
         self._lock = threading.Lock()
         self._view: TableView | None = None
         self._free: dict[_Shape, list[_Desk]] = {}
+        self._num_out = 0
         self._try_again_at = 0.0
         compiled_add_answers()  # now, rather than in the first request
         for gate in gates.values():
@@ -137,17 +140,19 @@ class SmallBatches:
             *(desk.lane.sockets_G, desk.call_id, layer, desk.message),
         )
         if not sent:
-            desk.lane.close()
+            self.leave(desk, usable=False)
             return None
         return SmallBatch(self, desk, layer, hidden_TH, began)
 
-    def free(self, desk: _Desk) -> None:
-        """Nothing is owed on its lane any more."""
+    def leave(self, desk: _Desk, *, usable: bool) -> None:
+        """A batch is over. usable: nothing is owed on its desk's lane any more"""
         with self._lock:
-            if desk.view is self._view:
+            self._num_out -= 1
+            usable = usable and desk.view is self._view
+            if usable:
                 self._free.setdefault(desk.shape, []).append(desk)
-                return
-        desk.lane.close()
+        if not usable:
+            desk.lane.close()
 
     def close(self) -> None:
         """Drop every lane; those that a batch is on when it is over."""
@@ -157,7 +162,10 @@ class SmallBatches:
         if self._view is not view:
             self._use(view)
         with self._lock:
+            if self._num_out >= _MOST_OUT:
+                return None
             if free := self._free.get(here.shape):
+                self._num_out += 1
                 return free.pop()
         if time.monotonic() < self._try_again_at:
             return None
@@ -165,6 +173,8 @@ class SmallBatches:
         if lane is None:
             self._try_again_at = time.monotonic() + _RETRY_S
             return None
+        with self._lock:
+            self._num_out += 1
         return _Desk(lane, view, here)
 
     def _use(self, view: TableView | None) -> None:
@@ -205,7 +215,8 @@ class SmallBatch:
 
         desk, self._desk = self._desk, None
         assert desk is not None, "a result is taken once"
-        batches, out_TH = self._batches, np.empty(self._hidden_TH.shape, np.float32)
+        batches, (num_tokens, hidden_size) = self._batches, self._hidden_TH.shape
+        out_TH = np.empty((num_tokens, hidden_size), np.float32)
         desk.progress[:] = 0
         ended = LATE
         while ended == LATE and not self._is_hopeless(desk.view):
@@ -213,22 +224,23 @@ class SmallBatch:
                 *(desk.lane.sockets_G, desk.call_id, desk.split.shares_G3, desk.split.tokens_R, desk.progress),
                 *(int(1e3 * _PATIENCE_S), desk.message, desk.values, out_TH),
             )
-        if ended != SUMMED:
-            desk.lane.close()
-            num_tokens = len(out_TH)
-            chosen = torch.from_numpy(desk.expert_ids_TK[:num_tokens]), torch.from_numpy(desk.weights_TK[:num_tokens])
-            return batches.again(self._layer, self._hidden_TH, *chosen).result()
-        batches.counters.small_batch(
-            *(self._layer, desk.split.rows_E, desk.split.shares_G3.tolist(), *out_TH.shape, self._dispatched)
-        )
-        batches.free(desk)
-        return torch.from_numpy(out_TH)
+        whole = ended == SUMMED
+        if whole:
+            split, began = desk.split, self._dispatched
+            batches.counters.small_batch(
+                self._layer, split.rows_E, split.shares_G3.tolist(), num_tokens, hidden_size, began
+            )
+        batches.leave(desk, usable=whole)
+        if whole:
+            return torch.from_numpy(out_TH)
+        chosen = torch.from_numpy(desk.expert_ids_TK[:num_tokens]), torch.from_numpy(desk.weights_TK[:num_tokens])
+        return batches.again(self._layer, self._hidden_TH, *chosen).result()
 
     def cancel(self) -> None:
         """Nobody wants the result any more."""
         desk, self._desk = self._desk, None
         if desk is not None:
-            desk.lane.close()
+            self._batches.leave(desk, usable=False)
 
     __del__ = cancel
 

@@ -199,6 +199,19 @@ def test_a_lane_lasts_until_something_is_out_of_the_ordinary(small_batches):
     assert answered(3, 1)
 
 
+def test_only_so_many_are_out_at_a_time(monkeypatch, small_batches):
+    monkeypatch.setattr("router_service.small_batches._MOST_OUT", 3)
+    gate, hidden_TH = gate_of(SPECS["mixtral"]), torch.randn(2, HIDDEN)
+    small, _ = small_batches({3: gate})
+    small.board.publish(table_of(8, 1))
+    out = [small.send(small.board.view, 3, hidden_TH) for _ in range(4)]
+    assert out.pop() is None
+    out.pop().cancel()
+    out.append(small.send(small.board.view, 3, hidden_TH))
+    assert out[-1] is not None
+    assert small.send(small.board.view, 3, hidden_TH) is None
+
+
 def test_what_is_late_is_asked_again_where_the_table_says_something_new(monkeypatch, small_batches):
     gate, hidden_TH, asked = gate_of(SPECS["mixtral"]), torch.randn(2, HIDDEN), []
     small, _ = small_batches({3: gate})
