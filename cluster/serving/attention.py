@@ -8,7 +8,6 @@ function is registered under the name: transformers then leaves masking to the a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +16,10 @@ from transformers import AttentionInterface
 
 from cluster.serving.attention_batch import AttentionBatch, DecodeGroup, PrefillSpan
 from cluster.serving.latent_attention import LatentProjections
-from experts.ops.cpu_threads import ThreadTeam
 
 NAME = "expertmesh"
 # Scores that are held at once where no fused kernel can be used: 128 MiB of float32.
 _MAX_SCORES = 1 << 25
-# Operators on longer sequences have enough for all threads, and take enough memory for one.
-_MOST_SHARED = 1024
 
 
 class StepCache:
@@ -70,13 +66,11 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    team: ThreadTeam | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """query: [1, heads, T, dim], new tokens of all sequences. Returns [1, T, heads, value dim].
 
     sliding_window, softcap, s_aux (a sink logit per head) mean what they mean to transformers' own functions.
-    team: shares prompts, where there are several, on a CPU
     """
     started = time.perf_counter()
     layer: int = module.layer_idx
@@ -90,13 +84,9 @@ def attend(
             rows_HBD = latent.absorb(rows_HBD)
         out_HBV = _decode(rows_HBD, layer, group, scale, sliding_window, softcap, s_aux)
         outputs.append(out_HBV if latent is None else latent.unabsorb(out_HBV))
-
-    def prefill(span: PrefillSpan) -> torch.Tensor:
+    for span in attention_batch.prefill_spans:
         rows_HTD = query_HTD[:, span.start : span.stop]
-        return _prefill(rows_HTD, layer, span, latent, scale, sliding_window, softcap, s_aux)
-
-    spans = attention_batch.prefill_spans
-    outputs += _shared(team, prefill, spans) if team is not None and _are_alike(spans, team) else map(prefill, spans)
+        outputs.append(_prefill(rows_HTD, layer, span, latent, scale, sliding_window, softcap, s_aux))
     heads, num_tokens = query_HTD.shape[:2]
     out_THV = outputs[0].new_empty(num_tokens, heads, outputs[0].shape[-1])
     first = 0
@@ -106,35 +96,6 @@ def attend(
         first = last
     attention_batch.seconds += time.perf_counter() - started
     return out_THV.unsqueeze(0), None
-
-
-def _are_alike(spans: Sequence[PrefillSpan], team: ThreadTeam) -> bool:
-    """Whether a span a thread keeps all threads busy, and what they hold at once is little."""
-    work = [(span.stop - span.start) * span.end for span in spans]
-    return (
-        len(spans) >= max(2, team.num_threads)
-        and max(work) * team.num_threads <= sum(work)
-        and max(span.end for span in spans) <= _MOST_SHARED
-    )
-
-
-def _shared(
-    team: ThreadTeam, prefill: Callable[[PrefillSpan], torch.Tensor], spans: Sequence[PrefillSpan]
-) -> list[torch.Tensor]:
-    """A span is one thread's from its keys to its output: operators that all threads share wait for the slowest."""
-    outputs = [torch.empty(0)] * len(spans)
-    num_threads = torch.get_num_threads()
-
-    @torch.inference_mode()
-    def run(index: int) -> None:
-        torch.set_num_threads(1)  # a thread's own
-        outputs[index] = prefill(spans[index])
-
-    try:
-        team.run(run, len(spans))
-    finally:
-        torch.set_num_threads(num_threads)
-    return outputs
 
 
 def _decode(

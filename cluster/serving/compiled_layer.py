@@ -1,8 +1,7 @@
 """A step of a decoder layer as one call up to its MLP, on the CPU.
 
 At a step of one token a sequence, a family's own modules spend their time between some forty operators, and with
-prompts in passing memory from one to the next. Long prompts are left to them: their attention is best computed for all
-heads and tokens at once.
+prompts in passing memory from one to the next.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from experts.ops.cpu_threads import ThreadTeam
 _SHARED_ROWS = 4
 # Rows that the caller is done with before the others are awake, but not more than so large a part of all.
 _ROWS_AHEAD, _ROWS_A_ROW_AHEAD = 2, 8
-# Tokens of a prompt that may look at keys together.
-PROMPT_BLOCK = 8
+# Tokens that are worth a cut of their own: each reads the layer's weights anew.
+_CUT = 64
 # What a compiled function gets last, to compute all of a layer, or one half and then the other: up to the cache, which
 # later tokens of a prompt read, and from there.
 _WHOLE, _FIRST_HALF, _SECOND_HALF = 0, 1, 2
@@ -36,36 +35,45 @@ _WHOLE, _FIRST_HALF, _SECOND_HALF = 0, 1, 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Expansion:
-    """Another way to compute a prompt's tokens: all at once, from what is made of every position before.
+    """Another way to compute a prompt's tokens: all at once, from what is made of every position so far.
 
-    compiled:  a function like CompiledLayer's; before what says which half it is, it gets [positions so far, columns]
-               that all parts of a prompt share, and the position from which on a part is to fill them
+    compiled:  a function like CompiledLayer's; before what says which half it is, it gets memory for that, which all
+               parts of a prompt share, and the position from which on a part is to fill it
     pays:      whether it does for so many tokens, of so many positions
     work:      the shapes of what it works in, but for the rows
+    columns:   float32 numbers made of a position
+    multiple:  memory is for a multiple of so many positions
     """
 
     compiled: Callable[..., None]
     pays: Callable[[int, int], bool]
     work: Shapes
     columns: int
+    multiple: int = 1
+
+    def memory(self, positions: int) -> torch.Tensor:
+        """[at least as many positions, columns] for what is made of them."""
+        return torch.empty(-(-positions // self.multiple) * self.multiple, self.columns)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Part:
-    """Rows that a thread computes: whose cache, their slots and positions; of an expanded prompt, `Expansion`'s two."""
+    """Rows that a thread computes: whose cache, their slots and positions; where prompts are taken at once, memory."""
 
     arena: Arena
     rows: slice
     slots_T: torch.Tensor
     positions_T: torch.Tensor
-    pairs_LC: torch.Tensor | None = None
+    prepared_LC: torch.Tensor | None = None
     begin: int = 0
 
-    def cut(self, shares: int) -> Iterator[_Part]:
-        """At most as many parts, in whole blocks: which tokens look at keys together does not depend on threads."""
+    def cut(self, threads: int) -> Iterator[_Part]:
+        """A part or two for each thread, the last first. Later tokens look at more others: of two parts each, every
+        thread gets a short one and a long one."""
         count = len(self.slots_T)
-        ends = (count * share // shares // PROMPT_BLOCK * PROMPT_BLOCK for share in range(shares))
-        for first, last in itertools.pairwise(sorted({*ends, count})):
+        shares = min(2 * threads, max(threads, count // _CUT))
+        ends = sorted({count * share // shares for share in range(shares + 1)}, reverse=True)
+        for last, first in itertools.pairwise(ends):
             yield replace(
                 self,
                 rows=slice(self.rows.start + first, self.rows.start + last),
@@ -76,7 +84,7 @@ class _Part:
 
 
 class CompiledLayer(nn.Module, ABC):
-    """In place of a family's decoder layer, which it keeps for long prompts.
+    """In place of a family's decoder layer, of which only the MLP is kept.
 
     compiled:  writes hidden states after attention, and what the MLP gets; its arguments are a step's rows, the layer's
                norms, `constants`, and what all layers of a step share, see `_stages`
@@ -84,9 +92,6 @@ class CompiledLayer(nn.Module, ABC):
     rope_dim:  how many numbers of a head turn
     expansion: for prompts' tokens, which otherwise are taken one by one
     """
-
-    # Prompts that reach further are the family's.
-    most_prompt = 0
 
     def __init__(
         self,
@@ -101,7 +106,6 @@ class CompiledLayer(nn.Module, ABC):
     ) -> None:
         super().__init__()
         norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.layer = layer
         self.mlp = layer.mlp
         self._team = team
         self._compiled = compiled
@@ -139,9 +143,6 @@ class CompiledLayer(nn.Module, ABC):
         stages = batch.layer_stages.get(self._shapes)
         if stages is None:
             stages = batch.layer_stages[self._shapes] = self._stages(batch, arguments["position_embeddings"])
-        if not stages:
-            output: torch.Tensor = self.layer(hidden_states, team=self._team, **arguments)
-            return output
         started = time.perf_counter()
         assert hidden_states.shape == (1, batch.num_tokens, self._hidden_size)  # compiled code looks at no bounds
         both_21TH = torch.empty(2, *hidden_states.shape)
@@ -162,10 +163,8 @@ class CompiledLayer(nn.Module, ABC):
     def _stages(self, batch: AttentionBatch, position_embeddings: Any) -> list[list[LayerPiece]]:
         """What a thread computes at a time: which rows, and their cosines, sines, caches, slots, positions and work.
 
-        One stage after the other; none for steps that are the family's.
+        One stage after the other.
         """
-        if any(span.end > self.most_prompt for span in batch.prefill_spans):
-            return []
         prompts, halves, threads = [*self._prompts(batch)], [_WHOLE], self._team.num_threads
         if prompts and max(len(part.slots_T) for part in prompts) * threads > batch.num_tokens:
             # One thread would be at the longest while others wait.
@@ -174,7 +173,7 @@ class CompiledLayer(nn.Module, ABC):
         cos_TD, sin_TD = (each[0].contiguous().numpy() for each in self._angles(position_embeddings))
         assert cos_TD.shape[1] >= self._rope_dim // 2  # compiled code looks at no bounds
         pieces = [
-            (part.rows, part.pairs_LC is not None, (cos_TD[part.rows], sin_TD[part.rows], *self._arguments(part)))
+            (part.rows, part.prepared_LC is not None, (cos_TD[part.rows], sin_TD[part.rows], *self._arguments(part)))
             for part in parts
         ]
         return [[(rows, expands, (*shared, half)) for rows, expands, shared in pieces] for half in halves]
@@ -182,10 +181,10 @@ class CompiledLayer(nn.Module, ABC):
     def _arguments(self, part: _Part) -> Iterator[Any]:
         for tensor in (*self._caches(part.arena), part.slots_T, part.positions_T):
             yield tensor.numpy()
-        for shape in self._work if self._expansion is None or part.pairs_LC is None else self._expansion.work:
+        for shape in self._work if self._expansion is None or part.prepared_LC is None else self._expansion.work:
             yield np.empty((len(part.slots_T), *shape), np.float32)
-        if part.pairs_LC is not None:
-            yield from (part.pairs_LC.numpy(), part.begin)
+        if part.prepared_LC is not None:
+            yield from (part.prepared_LC.numpy(), part.begin)
 
     def _decoding(self, batch: AttentionBatch) -> Iterator[_Part]:
         for group in batch.decode_groups:
@@ -212,7 +211,7 @@ class CompiledLayer(nn.Module, ABC):
                 rows=slice(span.start, span.stop),
                 slots_T=torch.full_like(positions_T, span.slot.index),
                 positions_T=positions_T,
-                pairs_LC=None if expansion is None else torch.empty(span.end, expansion.columns),
+                prepared_LC=None if expansion is None else expansion.memory(span.end),
             )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.serving.compiled_layer import CompiledLayer, has_compiled_norms
+from cluster.serving.compiled_layer import CompiledLayer, Expansion, has_compiled_norms
 from cluster.serving.kv_cache import Arena
 from cluster.serving.packed_linear import PackedLinear, can_join, join_layers
 from experts.ops.cpu_threads import ThreadTeam
@@ -16,17 +16,20 @@ from experts.ops.cpu_threads import ThreadTeam
 # where it has `q_norm`, rotary halves, a window.
 _FAMILIES = {"MixtralDecoderLayer", "Qwen3MoeDecoderLayer"}
 _NO_WINDOW = 1 << 62
+# Tokens that pay for packing their sequence's keys and values.
+_LEAST_PROMPT = 8
 
 
 class GroupedQueryLayer(CompiledLayer):
     """See CompiledLayer."""
 
-    # Their keys and values stay in a core's second cache; longer ones lose to a fused attention.
-    most_prompt = 512
-
     def __init__(self, layer: Any, team: ThreadTeam) -> None:
         # Loads LLVM, which a GPU's process does not need.
+        from cluster.serving._numba.attend_block import whole_panels
         from cluster.serving._numba.grouped_query import compile_grouped_query
+        from cluster.serving._numba.grouped_query_parts import GroupedQueryShape
+        from cluster.serving._numba.grouped_query_prompt import compile_grouped_query_prompt
+        from experts.ops._numba.vectors import PANEL
 
         attention = layer.self_attn
         into, onto = join_layers(attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj.matrix
@@ -37,25 +40,32 @@ class GroupedQueryLayer(CompiledLayer):
         if norm is not None:
             norms = np.stack([norm.weight.numpy(), attention.k_norm.weight.numpy()])
             epsilon = norm.variance_epsilon
-        compiled = compile_grouped_query(
+        shape = GroupedQueryShape(
             heads=heads,
             kv_heads=attention.k_proj.out_features // head_dim,
             head_dim=head_dim,
             normed=norm is not None,
-            into=into.kind,
-            onto=onto.kind,
         )
+        kinds = into.kind, onto.kind
+        work = ((into.num_columns,), (heads * head_dim,), (onto.num_columns,))
         super().__init__(
             layer,
             team,
-            compiled=compiled,
+            compiled=compile_grouped_query(shape, *kinds),
             constants=(
                 *(norms, epsilon, *(np.array(matrix.addresses())[:, None] for matrix in (into, onto))),
                 np.array([len(into.panels), len(onto.panels)]),
                 *(attention.layer_idx, getattr(attention.config, "sliding_window", None) or _NO_WINDOW),
                 attention.scaling,
             ),
-            work=((into.num_columns,), (heads * head_dim,), (onto.num_columns,)),
+            work=work,
+            expansion=Expansion(
+                compiled=compile_grouped_query_prompt(shape, *kinds),
+                pays=lambda num_tokens, _: num_tokens >= _LEAST_PROMPT,
+                work=work,
+                columns=shape.kv_heads * (head_dim + whole_panels(head_dim)),
+                multiple=PANEL,
+            ),
             rope_dim=head_dim,
         )
         self._held = into, onto  # whose addresses are among the constants

@@ -8,6 +8,7 @@ it, is cheaper the other way: expand the latents once, then attend with small he
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,15 +28,9 @@ class LatentProjections:
         self._attention = attention
         self.weight: torch.Tensor = attention.kv_b_proj.weight
         per_head = self.weight.view(-1, self.nope + self.value_dim, self.rank)
+        self.expand_is_cheaper = partial(_expand_is_cheaper, self.nope, self.rope, self.rank, self.value_dim)
         self.up_key_HNR = per_head[:, : self.nope]
         self.up_value_HRV = per_head[:, self.nope :].transpose(1, 2)
-
-    def expand_is_cheaper(self, num_queries: int, num_cached: int) -> bool:
-        """Whether expanding `num_cached` tokens, the queries' own among them, costs less than absorbing the queries and
-        what is saved on their scores and sums."""
-        saved = (2 * self.rank + self.rope) - (self.nope + self.rope + self.value_dim)
-        one = self.rank * (self.nope + self.value_dim)  # expanding a token, or absorbing a query
-        return (num_cached - num_queries) * one < num_queries * num_cached * saved
 
     def absorb(self, query_HTD: torch.Tensor) -> torch.Tensor:
         """Queries that score against latents: [heads, T, kv_lora_rank + qk_rope_head_dim]."""
@@ -56,3 +51,11 @@ class LatentProjections:
         key_LHD[..., : self.nope] = nope_LHN
         key_LHD[..., self.nope :] = rope_LD[:, None]
         return key_LHD.transpose(0, 1), value_LHV.transpose(0, 1)
+
+
+def _expand_is_cheaper(nope: int, rope: int, rank: int, value_dim: int, num_queries: int, num_cached: int) -> bool:
+    """Whether expanding `num_cached` tokens, the queries' own among them, costs less than absorbing the queries and
+    what is saved on their scores and sums."""
+    saved = (2 * rank + rope) - (nope + rope + value_dim)
+    one = rank * (nope + value_dim)  # expanding a token, or absorbing a query
+    return (num_cached - num_queries) * one < num_queries * num_cached * saved

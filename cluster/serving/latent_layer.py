@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cluster.serving.compiled_layer import PROMPT_BLOCK, CompiledLayer, Expansion, has_compiled_norms
+from cluster.serving.compiled_layer import CompiledLayer, Expansion, has_compiled_norms
 from cluster.serving.kv_cache import Arena
 from cluster.serving.packed_linear import PackedLinear, can_join, join_layers
 from experts.ops.cpu_threads import ThreadTeam
@@ -22,9 +22,6 @@ _FAMILIES = {"DeepseekV2DecoderLayer", "DeepseekV3DecoderLayer"}
 
 class LatentLayer(CompiledLayer):
     """See CompiledLayer, and `cluster.serving.latent_attention` for what is absorbed or expanded."""
-
-    # Longer ones lose to a fused attention over all heads.
-    most_prompt = 1024
 
     def __init__(self, layer: Any, team: ThreadTeam) -> None:
         # Loads LLVM, which a GPU's process does not need.
@@ -78,7 +75,7 @@ class LatentLayer(CompiledLayer):
             ),
             work=(*work, (heads, rank + rope_dim), (heads, rank)),
             expansion=Expansion(
-                compiled=compile_latent_prompt(shape, kinds, block_size=PROMPT_BLOCK),
+                compiled=compile_latent_prompt(shape, kinds),
                 pays=latent.expand_is_cheaper,
                 work=work,
                 columns=pairs.num_columns,

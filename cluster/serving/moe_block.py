@@ -3,12 +3,16 @@
 Two ways. Where the router has the family's gate, the whole block is a `MoeBlock`: hidden states go to the router
 before anything else, the shared expert runs while they are out. Otherwise the family's own block stays, gate and all;
 only its experts module is emptied and calls `router.dispatch` through transformers' ExpertsInterface.
+
+Of the last layer's tokens only those get their experts whose logits are wanted: of a prompt, the last one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +21,19 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "expertmesh"
+
+# Rows of a step whose results the last layer has to give; None: all. A thread's own, as micro-batches have threads.
+_WANTED: ContextVar[torch.Tensor | None] = ContextVar("wanted rows of the last layer", default=None)
+
+
+@contextmanager
+def wanting_only(rows_R: torch.Tensor) -> Iterator[None]:
+    """Until it ends, nobody reads what the last layer makes of other rows than these of a step."""
+    token = _WANTED.set(rows_R)
+    try:
+        yield
+    finally:
+        _WANTED.reset(token)
 
 
 class Pending(Protocol):
@@ -49,6 +66,7 @@ def _nothing() -> None:
 class RouterConnection:
     """The router that all blocks of a model share, and the seconds that they spent on it.
 
+    last_layer: after which nothing looks from one row at another
     meanwhile: called while experts are out and nothing is left to do for these tokens
     num_threads: torch's in this step; one while experts are out, which may be on the cores of the others, and OpenMP
                waits for all of its threads
@@ -56,10 +74,23 @@ class RouterConnection:
     """
 
     router: ExpertRouter | None = None
+    last_layer: int | None = None
     meanwhile: Callable[[], None] = _nothing
     num_threads: int = 1
     send_s: float = 0.0
     wait_s: float = 0.0
+
+    def of_wanted_rows(
+        self, layer: int, compute: Callable[..., torch.Tensor], hidden_TH: torch.Tensor, *others: torch.Tensor
+    ) -> torch.Tensor:
+        """`compute(hidden_TH, *others)`, [T, H], with zeros in the rows of the last layer that nobody reads."""
+        rows_R = _WANTED.get() if layer == self.last_layer else None
+        if rows_R is None or len(rows_R) == len(hidden_TH):
+            return compute(hidden_TH, *others)
+        out_TH = torch.zeros_like(hidden_TH)
+        if len(rows_R):
+            out_TH[rows_R] = compute(*(each[rows_R] for each in (hidden_TH, *others)))
+        return out_TH
 
     def send(
         self, layer: int, hidden_TH: torch.Tensor, choice: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -112,10 +143,14 @@ class MoeBlock(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [..., H], same shape back."""
-        pending = self._connection.send(self.layer, hidden.reshape(-1, hidden.shape[-1]))
-        shared = None if self.shared_experts is None else self.shared_experts(hidden)
-        combined = self._connection.receive(pending).view(hidden.shape)
-        return combined if shared is None else combined + shared
+        hidden_TH = hidden.reshape(-1, hidden.shape[-1])
+        return self._connection.of_wanted_rows(self.layer, self._forward, hidden_TH).view(hidden.shape)
+
+    def _forward(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        pending = self._connection.send(self.layer, hidden_TH)
+        shared_TH = None if self.shared_experts is None else self.shared_experts(hidden_TH)
+        combined_TH = self._connection.receive(pending)
+        return combined_TH if shared_TH is None else combined_TH + shared_TH
 
 
 def is_experts_module(module: nn.Module) -> bool:
@@ -136,8 +171,12 @@ def _dispatch_experts(
 ) -> torch.Tensor:
     layer, connection = module.expertmesh  # type: ignore[misc]
     hidden_TH = hidden.reshape(-1, hidden.shape[-1])
-    pending = connection.send(layer, hidden_TH, (expert_ids_TK, weights_TK.float()))
-    return connection.receive(pending).view(hidden.shape)  # type: ignore[no-any-return]
+
+    def compute(hidden_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        return connection.receive(connection.send(layer, hidden_TH, (expert_ids_TK, weights_TK)))  # type: ignore[no-any-return]
+
+    combined_TH: torch.Tensor = connection.of_wanted_rows(layer, compute, hidden_TH, expert_ids_TK, weights_TK.float())
+    return combined_TH.view(hidden.shape)
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, _dispatch_experts)

@@ -49,14 +49,7 @@ def can_join(*layers: nn.Module) -> bool:
 
 
 def join_layers(*layers: PackedLinear) -> PackedMatrix:
-    """The layers' matrices one below the other, of which theirs become views."""
+    """The layers' matrices one below the other."""
     panels = torch.cat([layer.matrix.panels for layer in layers])
     biases = [layer.matrix.bias_PL for layer in layers if layer.matrix.bias_PL is not None]
-    joined = PackedMatrix(panels, len(panels) * panels.shape[2], None, torch.cat(biases) if biases else None)
-    first = 0
-    for layer in layers:
-        last = first + len(layer.matrix.panels)
-        bias_PL = None if joined.bias_PL is None else joined.bias_PL[first:last]
-        layer.matrix = PackedMatrix(panels[first:last], layer.out_features, None, bias_PL)
-        first = last
-    return joined
+    return PackedMatrix(panels, len(panels) * panels.shape[2], None, torch.cat(biases) if biases else None)

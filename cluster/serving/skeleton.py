@@ -30,7 +30,7 @@ from cluster.serving.kv_cache import KVLayout
 from cluster.serving.latent_attention import LatentProjections
 from cluster.serving.latent_layer import LatentLayer
 from cluster.serving.model_config import model_config
-from cluster.serving.moe_block import ExpertRouter, MoeBlock, RouterConnection
+from cluster.serving.moe_block import ExpertRouter, MoeBlock, RouterConnection, wanting_only
 from cluster.serving.packed_linear import pack_linears
 from cluster.serving.rope_reach import rope_reach
 from experts.errors import CheckpointError
@@ -79,6 +79,12 @@ class ModelSkeleton:
         logits_rows: torch.Tensor,
     ) -> torch.Tensor:
         """One step of all sequences in `batch`'s order; logits [len(logits_rows), vocabulary], float32."""
+        with wanting_only(logits_rows):
+            return self._forward(input_ids_T, positions_T, batch, logits_rows)
+
+    def _forward(
+        self, input_ids_T: torch.Tensor, positions_T: torch.Tensor, batch: AttentionBatch, logits_rows: torch.Tensor
+    ) -> torch.Tensor:
         arguments: dict[str, Any] = {
             "position_ids": positions_T[None],
             "past_key_values": attention.StepCache(batch, latent=self.kv_layout.latent),
@@ -138,7 +144,7 @@ def _load_model(
     family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if not family._supports_attention_backend:
         raise CheckpointError(f"{checkpoint.directory}: {family.__name__} cannot use our attention function")
-    connection = RouterConnection()
+    connection = RouterConnection(last_layer=config.num_hidden_layers - 1)
     has_gate = gate_spec_from_config(raw_config) is not None
 
     def init(self: nn.Module, config: PretrainedConfig) -> None:

@@ -1,4 +1,4 @@
-"""Softmax attention of new tokens over their sequence's cached tokens, compiled for this machine's CPU."""
+"""Softmax attention of a new token over its sequence's cached tokens, compiled for this machine's CPU."""
 
 from __future__ import annotations
 
@@ -6,33 +6,23 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-from numba import njit
 
-from experts.ops._numba.activations import exp
+from cluster.serving._numba.softmax import softmax
 from experts.ops._numba.object_cache import SUMS, part
 
-_ZERO, _ONE = np.float32(0), np.float32(1)
-
-
-@njit(nogil=True, fastmath=False)  # the caller's SUMS must not reach `exp`, which rounds by adding and taking away
-def _exponentials(scores, peak):  # type: ignore[no-untyped-def]
-    for at in range(len(scores)):
-        scores[at] = exp(scores[at] - peak)
+_ZERO = np.float32(0)
 
 
 @cache
-def attend(key_dim: int, value_dim: int, *, causal: bool = False) -> Callable[..., None]:
+def attend(key_dim: int, value_dim: int) -> Callable[..., None]:
     """A function for others to call, of float32 query [G, key_dim], keys [L, key_dim], values [L, at least value_dim],
     the scale of the scores, at least [G, L] to work in and out [G, value_dim].
-
-    causal: queries are of tokens that follow each other, up to that of the last key, and a value that is no number
-            reaches them all; otherwise each sees all keys
     """
     dims = key_dim, value_dim
 
     # Two queries and four keys at a time: what is loaded once is used more than once.
     @part(dims, fastmath=SUMS)
-    def score(query, key, scale, scores):  # type: ignore[no-untyped-def]
+    def score(query, key, scores):  # type: ignore[no-untyped-def]
         num_queries, length = query.shape[0], key.shape[0]
         paired, whole = num_queries - num_queries % 2, length - length % 4
         for at in range(0, whole, 4):
@@ -48,16 +38,14 @@ def attend(key_dim: int, value_dim: int, *, causal: bool = False) -> Callable[..
                     b1 += b * key[at + 1, i]
                     b2 += b * key[at + 2, i]
                     b3 += b * key[at + 3, i]
-                scores[g, at], scores[g, at + 1] = a0 * scale, a1 * scale
-                scores[g, at + 2], scores[g, at + 3] = a2 * scale, a3 * scale
-                scores[g + 1, at], scores[g + 1, at + 1] = b0 * scale, b1 * scale
-                scores[g + 1, at + 2], scores[g + 1, at + 3] = b2 * scale, b3 * scale
+                scores[g, at], scores[g, at + 1], scores[g, at + 2], scores[g, at + 3] = a0, a1, a2, a3
+                scores[g + 1, at], scores[g + 1, at + 1], scores[g + 1, at + 2], scores[g + 1, at + 3] = b0, b1, b2, b3
         for g in range(num_queries):
             for at in range(whole if g < paired else 0, length):
                 total = _ZERO
                 for i in range(key_dim):
                     total += query[g, i] * key[at, i]
-                scores[g, at] = total * scale
+                scores[g, at] = total
 
     @part(dims, fastmath=SUMS)
     def weigh(weights, value, out):  # type: ignore[no-untyped-def]
@@ -79,25 +67,11 @@ def attend(key_dim: int, value_dim: int, *, causal: bool = False) -> Callable[..
                 for i in range(value_dim):
                     out[g, i] += weight * value[at, i]
 
-    @part((*dims, causal), fastmath=SUMS)
+    @part(dims, fastmath=SUMS)
     def attend_one(query, key, value, scale, scores, out):  # type: ignore[no-untyped-def]
-        num_queries, length = query.shape[0], key.shape[0]
-        score(query, key, scale, scores)
-        for g in range(num_queries):
-            seen = length - (num_queries - 1 - g) if causal else length
-            peak, check = scores[g, 0], _ZERO
-            for at in range(seen):
-                peak = max(peak, scores[g, at])
-                check += scores[g, at] * _ZERO  # NaN where a score is NaN or infinite, which `exp` would hide
-            _exponentials(scores[g, :seen], peak)
-            total = check
-            for at in range(seen):
-                total += scores[g, at]
-            share = _ONE / total
-            for at in range(seen):
-                scores[g, at] *= share
-            for at in range(seen, length):
-                scores[g, at] = _ZERO
+        score(query, key, scores)
+        for g in range(query.shape[0]):
+            softmax(scores[g, : key.shape[0]], scale)
         weigh(scores, value, out)
 
     compiled: Callable[..., None] = attend_one

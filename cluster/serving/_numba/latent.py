@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numba import types
 
+from cluster.serving._numba.add_attention import add_attention
 from cluster.serving._numba.attend import attend
-from cluster.serving._numba.latent_parts import LatentShape, add_attention, read_tokens
+from cluster.serving._numba.latent_parts import LatentShape, read_tokens
 from cluster.serving._numba.norm_and_rope import rotate
 from experts.ops._numba.object_cache import compiled
 from experts.ops._numba.packed_matmul import Kind, compile_matmul
@@ -53,7 +54,7 @@ def compile_latent(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callable[...,
         absorbed, summed  float32 [T, heads, rank + rope_dim], [T, heads, rank], to work in
         half          1: up to the cache, 2: from there, in the same memory; 0: all
     """
-    read, add = read_tokens(shape, *kinds[:2]), add_attention(shape, kinds[4])
+    read, add = read_tokens(shape, *kinds[:2]), add_attention(shape.heads * shape.value_dim, kinds[4])
     absorb, expand = (compile_matmul(name, biased=biased) for name, biased in kinds[2:4])
     heads, nope, rope_dim, rank, value_dim = shape.heads, shape.nope, shape.rope_dim, shape.rank, shape.value_dim
     query_dim, row_dim, query_rank = shape.query_dim, shape.row_dim, shape.query_rank

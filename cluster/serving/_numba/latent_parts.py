@@ -1,4 +1,4 @@
-"""What all tokens of a layer with latent attention go through but for attention, as functions for others to call."""
+"""What all tokens of a layer with latent attention go through before it, as a function for others to call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from cluster.serving._numba.norm_and_rope import Rope, add_rows, normalise, normalise_rows, rotate
+from cluster.serving._numba.norm_and_rope import Rope, normalise, normalise_rows, rotate
 from experts.ops._numba.object_cache import part
 from experts.ops._numba.packed_matmul import Kind, compile_matmul
 
@@ -90,24 +90,4 @@ def read_tokens(shape: LatentShape, into_kind: Kind, from_latents_kind: Kind) ->
             rotate_one(projected[row, before + rank : before + row_dim], cos[row], sin[row], new[rank:])
 
     compiled: Callable[..., None] = read
-    return compiled
-
-
-@cache
-def add_attention(shape: LatentShape, onto_kind: Kind) -> Callable[..., None]:
-    """Output projection of `values`, residual, norm; see `compile_latent`."""
-    onto = compile_matmul(onto_kind[0], biased=onto_kind[1])
-    values_dim = shape.heads * shape.value_dim
-
-    @part((shape, onto_kind))
-    def add(hidden, values, matrix, panels, out, residual, layer_norm, layer_epsilon, mlp_in):  # type: ignore[no-untyped-def]
-        starts = np.array([0, hidden.shape[0]])
-        onto(
-            *(matrix[0, :1], matrix[1, :1], matrix[2, :1], starts, panels, values_dim),
-            *(values.ctypes.data, values_dim * 4, out.ctypes.data, out.shape[1] * 4),
-        )
-        add_rows(hidden, out, residual)
-        normalise_rows(residual, layer_norm, layer_epsilon, mlp_in)
-
-    compiled: Callable[..., None] = add
     return compiled

@@ -11,17 +11,17 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-_LOG2_E = np.float32(1.4426950408889634)
+LOG2_E = np.float32(1.4426950408889634)
 # ln 2 in two parts: products with the first are exact (Cody and Waite 1980).
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 # exp(r) for |r| <= ln 2 / 2: coefficients of r^7 to r^2 (Cephes, expf.c).
-_EXP = tuple(
+EXP = tuple(
     np.float32(c)
     for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 )
 # Added and taken away again, it leaves a float32 without its fraction.
-_ROUND = np.float32(1.5 * 2**23)
-_LEAST, _MOST = np.float32(-87.0), np.float32(88.0)
+ROUND = np.float32(1.5 * 2**23)
+LEAST, _MOST = np.float32(-87.0), np.float32(88.0)
 _HALF, _ONE = np.float32(0.5), np.float32(1.0)
 
 
@@ -39,16 +39,16 @@ def _power_of_two(_: Any, exponent: Any) -> Any:
 
 @njit(inline="always")
 def exp(x):  # type: ignore[no-untyped-def]
-    x = x if x > _LEAST else _LEAST
+    x = x if x > LEAST else LEAST
     x = x if x < _MOST else _MOST
-    whole = (x * _LOG2_E + _ROUND) - _ROUND
-    rest = x - whole * _LN2_HIGH - whole * _LN2_LOW
-    value = _EXP[0]
-    value = value * rest + _EXP[1]
-    value = value * rest + _EXP[2]
-    value = value * rest + _EXP[3]
-    value = value * rest + _EXP[4]
-    value = value * rest + _EXP[5]
+    whole = (x * LOG2_E + ROUND) - ROUND
+    rest = x - whole * LN2_HIGH - whole * LN2_LOW
+    value = EXP[0]
+    value = value * rest + EXP[1]
+    value = value * rest + EXP[2]
+    value = value * rest + EXP[3]
+    value = value * rest + EXP[4]
+    value = value * rest + EXP[5]
     return (value * rest * rest + rest + _ONE) * _power_of_two(np.int32(whole))
 
 

@@ -8,6 +8,7 @@ import torch
 
 from cluster.serving.attention_batch import Chunk
 from cluster.serving.kv_cache import KVCache
+from cluster.serving.micro_batch import build_micro_batch
 from cluster.serving.model_runner import ModelRunner, OverlapThresholds
 from cluster.serving.request import SamplingParams
 from cluster.serving.sequence import RunningSequence
@@ -136,19 +137,45 @@ def test_one_works_while_the_others_experts_are_out(family: str, diary_of: Calla
     skeleton, diary = diary_of(family)
     with torch.inference_mode():
         ModelRunner(skeleton, ALWAYS).run(Sequences(skeleton).step(0))
-    # 40 + 100 + 3 tokens: halves of 71 and 72, of which only one waits at a time.
+    # 40 + 100 + 3 tokens: halves of 71 and 72, of which only one waits at a time, and in the last layer those that end
+    # a sequence.
     assert diary.lines == [
         "sent 0 of 71",
         "sent 0 of 72",
         *(
             line
-            for layer in (0, 1)
-            for size in (71, 72)
-            for line in (f"taken {layer} of {size}", f"sent {layer + 1} of {size}")
+            for layer, sizes in enumerate([(71, 72), (71, 72), (1, 2)][1:])
+            for before, size in zip((71, 72), sizes, strict=True)
+            for line in (f"taken {layer} of {before}", f"sent {layer + 1} of {size}")
         ),
-        "taken 2 of 71",
-        "taken 2 of 72",
+        "taken 2 of 1",
+        "taken 2 of 2",
     ]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_the_last_layer_computes_what_is_read(family: str, diary_of: Callable[..., Any]) -> None:
+    skeleton, diary = diary_of(family)
+    last = skeleton.connection.last_layer
+    with torch.inference_mode():
+        output = ModelRunner(skeleton, None).run(Sequences(skeleton).step(0))
+        assert f"sent {last} of 3" in diary.lines
+        batch = build_micro_batch(Sequences(skeleton).step(0), skeleton.device)
+        every_row = torch.arange(batch.attention.num_tokens)
+        logits = skeleton.forward(batch.token_ids_T, batch.positions_T, batch.attention, every_row)
+    assert f"sent {last} of 143" in diary.lines
+    torch.testing.assert_close(output.logits, logits[batch.logits_rows], rtol=0, atol=1e-5)
+
+
+def test_a_step_that_ends_no_prompt_asks_no_expert_of_the_last_layer(diary_of: Callable[..., Any]) -> None:
+    skeleton, diary = diary_of("mixtral")
+    step = Sequences(skeleton).step(0)
+    for sequence, _ in step:
+        sequence.tokens += [0]  # more than the chunk
+    with torch.inference_mode():
+        output = ModelRunner(skeleton, None).run(step)
+    assert output.logits.shape == (0, skeleton.vocab_size)
+    assert diary.lines == [f"{what} {layer} of 143" for layer in (0, 1) for what in ("sent", "taken")]
 
 
 @pytest.mark.parametrize("fail_at", [0, 1, 2, 3, 5])

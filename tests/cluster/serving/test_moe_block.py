@@ -8,7 +8,7 @@ from torch import nn
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-from cluster.serving.moe_block import MoeBlock, RouterConnection
+from cluster.serving.moe_block import MoeBlock, RouterConnection, wanting_only
 
 
 class Diary(nn.Module):
@@ -49,6 +49,22 @@ def test_the_shared_expert_runs_while_experts_are_out() -> None:
     hidden = torch.ones(1, 3, 8)
     torch.testing.assert_close(block(hidden), hidden * 12)
     assert diary.lines == ["route 5 (3, 8)", "shared", "result"]
+
+
+def test_only_wanted_rows_of_the_last_layer_are_computed() -> None:
+    diary = Diary()
+    connection = RouterConnection(router=diary, last_layer=5)  # type: ignore[arg-type]
+    blocks = [MoeBlock(layer, family_block(), connection) for layer in (4, 5)]
+    hidden = torch.ones(1, 3, 8)
+    for block in blocks:
+        block.shared_experts = None
+        with wanting_only(torch.tensor([2])):
+            got = block(hidden)
+        assert got[0, :, 0].tolist() == ([2, 2, 2] if block is blocks[0] else [0, 0, 2])
+    with wanting_only(torch.tensor([], dtype=torch.long)):
+        assert not blocks[1](hidden).any()
+    assert blocks[1](hidden).eq(2).all()
+    assert diary.lines == ["route 4 (3, 8)", "result", "route 5 (1, 8)", "result", "route 5 (3, 8)", "result"]
 
 
 def test_torch_has_one_thread_while_experts_are_out(monkeypatch: pytest.MonkeyPatch) -> None:
