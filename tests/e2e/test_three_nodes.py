@@ -151,7 +151,8 @@ def test_experts_live_on_the_nodes_that_have_no_engine(
     touched_after, after = prefill(PROMPTS)
     touched = touched_after - touched_before
     layers = model.config.num_hidden_layers - model.config.first_k_dense_replace
-    assert 1 < touched / (PROMPTS * PROMPT_TOKENS * layers) < 2
+    # Of the last layer, experts see each prompt's last token only.
+    assert 1 < touched / (PROMPTS * (PROMPT_TOKENS * (layers - 1) + 1)) < 2
     received, sent = ((now - then) / (touched * HIDDEN_SIZE * 4) for now, then in zip(after, before, strict=True))
     print(f"three Ray nodes: sent {sent:.3f}, received {received:.3f} times nodes touched x H x 4 bytes")
     assert 1 <= sent <= 1.1

@@ -7,8 +7,8 @@ from functools import cache
 
 import numpy as np
 
-from cluster.serving._numba.softmax import softmax
 from experts.ops._numba.object_cache import SUMS, part
+from experts.ops._numba.softmax import softmax
 
 _ZERO = np.float32(0)
 

@@ -12,9 +12,9 @@ from functools import cache
 import numpy as np
 from numba import njit
 
-from cluster.serving._numba.softmax import softmax
 from experts.ops._numba.object_cache import part
 from experts.ops._numba.packed_matmul import compile_matmul
+from experts.ops._numba.softmax import softmax
 from experts.ops._numba.vectors import PANEL
 
 BLOCK = 24

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cluster.serving._numba.softmax import softmax
+from experts.ops._numba.softmax import softmax
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 15, 16, 17, 63, 64, 65, 300])
