@@ -126,7 +126,7 @@ class Layer:
             device=torch.device("cpu"),
             latent=latent,
         )
-        self.cache = KVCache(layout, memory=1 << 28, max_num_seqs=32, max_model_len=512)
+        self.cache = KVCache(layout, memory=1 << 28, max_num_seqs=32, max_model_len=2048)
         self.latent = latent
 
     def step(self, module: Callable[..., Any], chunks: Sequence[Chunk], rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -263,6 +263,18 @@ def test_steps_with_prompts(case: str, longest: int, num_threads: int) -> None:
         for token in range(new)
     ]
     torch.testing.assert_close(got_TH.double(), torch.stack(expected), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "mixtral window", "deepseek-v3 compressed"])
+def test_a_long_prompt_in_chunks(case: str) -> None:
+    torch.manual_seed(2)
+    layer, hidden_TH = Layer(case, num_threads=2), torch.randn(1500, HIDDEN)
+    slot = layer.cache.allocate(len(hidden_TH))
+    assert slot is not None
+    for length in (700, 1, 7, 8, 784):
+        first, last = slot.length, slot.length + length
+        got_TH = layer.step(layer.ours, [Chunk(slot=slot, num_tokens=length)], [hidden_TH[first:last]])
+        torch.testing.assert_close(got_TH[-1].double(), layer.expected(hidden_TH[:last]), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["mixtral", "mixtral window", "qwen3", "deepseek-v2", "deepseek-v3 compressed"])
