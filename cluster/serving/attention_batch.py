@@ -16,7 +16,7 @@ import torch
 from cluster.serving.kv_cache import Arena, Slot
 
 Shapes = tuple[tuple[int, ...], ...]
-# Rows that one thread computes, whether they are a prompt's to expand, and what compiled code needs to know of them.
+# Rows that one thread computes, whether they are a prompt's taken at once, and what compiled code has to know of them.
 LayerPiece = tuple[slice, bool, tuple[Any, ...]]
 
 

@@ -34,8 +34,8 @@ _WHOLE, _FIRST_HALF, _SECOND_HALF = 0, 1, 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Expansion:
-    """Another way to compute a prompt's tokens: all at once, from what is made of every position so far.
+class AtOnce:
+    """How a prompt's tokens are computed all at once, from what is made of every position so far.
 
     compiled:  a function like CompiledLayer's; before what says which half it is, it gets memory for that, which all
                parts of a prompt share, and the position from which on a part is to fill it
@@ -90,7 +90,7 @@ class CompiledLayer(nn.Module, ABC):
                norms, `constants`, and what all layers of a step share, see `_stages`
     work:      the shapes of what it works in, but for the rows
     rope_dim:  how many numbers of a head turn
-    expansion: for prompts' tokens, which otherwise are taken one by one
+    at_once:   for prompts' tokens where it pays, which otherwise are taken one by one
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class CompiledLayer(nn.Module, ABC):
         constants: tuple[Any, ...],
         work: Shapes,
         rope_dim: int,
-        expansion: Expansion | None = None,
+        at_once: AtOnce,
     ) -> None:
         super().__init__()
         norms = layer.input_layernorm, layer.post_attention_layernorm
@@ -115,10 +115,9 @@ class CompiledLayer(nn.Module, ABC):
             *constants,
         )
         self._work = work
-        self._shapes = work if expansion is None else (*work, *expansion.work, (expansion.columns,))
+        self._shapes = (*work, *at_once.work, (at_once.columns,))
         self._rope_dim = rope_dim
-        self._expansion = expansion
-        self._compiled_of_prompts = compiled if expansion is None else expansion.compiled
+        self._at_once = at_once
         self._hidden_size = len(norms[0].weight)
 
     @staticmethod
@@ -147,13 +146,13 @@ class CompiledLayer(nn.Module, ABC):
         assert hidden_states.shape == (1, batch.num_tokens, self._hidden_size)  # compiled code looks at no bounds
         both_21TH = torch.empty(2, *hidden_states.shape)
         hidden_TH, (residual_TH, mlp_in_TH) = hidden_states[0].contiguous().numpy(), both_21TH.numpy()[:, 0]
-        both, constants = (self._compiled, self._compiled_of_prompts), self._constants
+        both, constants = (self._compiled, self._at_once.compiled), self._constants
 
         for pieces in stages:
 
             def run(index: int, pieces: list[LayerPiece] = pieces) -> None:
-                rows, expands, shared = pieces[index]
-                both[expands](hidden_TH[rows], residual_TH[rows], mlp_in_TH[rows], *constants, *shared)
+                rows, at_once, shared = pieces[index]
+                both[at_once](hidden_TH[rows], residual_TH[rows], mlp_in_TH[rows], *constants, *shared)
 
             self._team.run(run, len(pieces))
         batch.seconds += time.perf_counter() - started
@@ -176,12 +175,12 @@ class CompiledLayer(nn.Module, ABC):
             (part.rows, part.prepared_LC is not None, (cos_TD[part.rows], sin_TD[part.rows], *self._arguments(part)))
             for part in parts
         ]
-        return [[(rows, expands, (*shared, half)) for rows, expands, shared in pieces] for half in halves]
+        return [[(rows, at_once, (*shared, half)) for rows, at_once, shared in pieces] for half in halves]
 
     def _arguments(self, part: _Part) -> Iterator[Any]:
         for tensor in (*self._caches(part.arena), part.slots_T, part.positions_T):
             yield tensor.numpy()
-        for shape in self._work if self._expansion is None or part.prepared_LC is None else self._expansion.work:
+        for shape in self._work if part.prepared_LC is None else self._at_once.work:
             yield np.empty((len(part.slots_T), *shape), np.float32)
         if part.prepared_LC is not None:
             yield from (part.prepared_LC.numpy(), part.begin)
@@ -203,15 +202,13 @@ class CompiledLayer(nn.Module, ABC):
         """Uncut: a token looks at those before it."""
         for span in batch.prefill_spans:
             positions_T = torch.arange(span.begin, span.end)
-            expansion = self._expansion
-            if expansion is not None and not expansion.pays(len(positions_T), span.end):
-                expansion = None
+            pays = self._at_once.pays(len(positions_T), span.end)
             yield _Part(
                 arena=span.slot.arena,
                 rows=slice(span.start, span.stop),
                 slots_T=torch.full_like(positions_T, span.slot.index),
                 positions_T=positions_T,
-                prepared_LC=None if expansion is None else expansion.memory(span.end),
+                prepared_LC=self._at_once.memory(span.end) if pays else None,
             )
 
 

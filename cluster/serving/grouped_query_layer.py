@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.serving.compiled_layer import CompiledLayer, Expansion, has_compiled_norms
+from cluster.serving.compiled_layer import AtOnce, CompiledLayer, has_compiled_norms
 from cluster.serving.kv_cache import Arena
 from cluster.serving.packed_linear import PackedLinear, can_join, join_layers
 from experts.ops.cpu_threads import ThreadTeam
@@ -59,7 +59,7 @@ class GroupedQueryLayer(CompiledLayer):
                 attention.scaling,
             ),
             work=work,
-            expansion=Expansion(
+            at_once=AtOnce(
                 compiled=compile_grouped_query_prompt(shape, *kinds),
                 pays=lambda num_tokens, _: num_tokens >= _LEAST_PROMPT,
                 work=work,

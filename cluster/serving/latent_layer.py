@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cluster.serving.compiled_layer import CompiledLayer, Expansion, has_compiled_norms
+from cluster.serving.compiled_layer import AtOnce, CompiledLayer, has_compiled_norms
 from cluster.serving.kv_cache import Arena
 from cluster.serving.packed_linear import PackedLinear, can_join, join_layers
 from experts.ops.cpu_threads import ThreadTeam
@@ -74,7 +74,7 @@ class LatentLayer(CompiledLayer):
                 *(addresses, panels, attention.layer_idx, attention.scaling),
             ),
             work=(*work, (heads, rank + rope_dim), (heads, rank)),
-            expansion=Expansion(
+            at_once=AtOnce(
                 compiled=compile_latent_prompt(shape, kinds),
                 pays=latent.expand_is_cheaper,
                 work=work,

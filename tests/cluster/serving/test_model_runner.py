@@ -144,9 +144,8 @@ def test_one_works_while_the_others_experts_are_out(family: str, diary_of: Calla
         "sent 0 of 72",
         *(
             line
-            for layer, sizes in enumerate([(71, 72), (71, 72), (1, 2)][1:])
-            for before, size in zip((71, 72), sizes, strict=True)
-            for line in (f"taken {layer} of {before}", f"sent {layer + 1} of {size}")
+            for layer, taken, sent in ((0, 71, 71), (0, 72, 72), (1, 71, 1), (1, 72, 2))
+            for line in (f"taken {layer} of {taken}", f"sent {layer + 1} of {sent}")
         ),
         "taken 2 of 1",
         "taken 2 of 2",
