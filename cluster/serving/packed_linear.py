@@ -52,4 +52,5 @@ def join_layers(*layers: PackedLinear) -> PackedMatrix:
     """The layers' matrices one below the other."""
     panels = torch.cat([layer.matrix.panels for layer in layers])
     biases = [layer.matrix.bias_PL for layer in layers if layer.matrix.bias_PL is not None]
-    return PackedMatrix(panels, len(panels) * panels.shape[2], None, torch.cat(biases) if biases else None)
+    num_outputs, bias_PL = len(panels) * panels.shape[2], torch.cat(biases) if biases else None
+    return PackedMatrix(panels, layers[0].matrix.format, num_outputs, scale_PL=None, bias_PL=bias_PL)

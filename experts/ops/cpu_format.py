@@ -36,8 +36,8 @@ def as_fp16(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> PackedMatri
 def as_int8(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> PackedMatrix:
     """In int8 with one scale for each output: a weight moves by at most 1/254 of its output's largest.
 
-    Rows stay in float32, or 16-bit steps of their largest value where the CPU multiplies bytes (3e-5 of an output). For
-    normally distributed weights that is a relative error of about 1 % of an expert's output.
+    Rows stay in float32, or become 16-bit steps of their largest value where the CPU multiplies bytes or pairs of them
+    (3e-5 of an output). For normally distributed weights that is a relative error of about 1 % of an expert's output.
     """
     weight = weight_OI.float()
     scale_O = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / _INT8_STEPS

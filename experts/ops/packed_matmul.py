@@ -20,8 +20,9 @@ ROWS_A_READ = 8
 _SHARED_WORK = 8 << 20
 # What a packed matrix may hold.
 HELD = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int8: "int8"}
-DOTS = "int8_dots"
-"""What compiled code calls int8 where it multiplies bytes, see `experts.ops._numba.dot_matmul`."""
+DOTS, PAIRS = "int8_dots", "int8_pairs"
+"""What compiled code calls int8 where it multiplies bytes, see `experts.ops._numba.dot_matmul`, and where it multiplies
+16 bits, see `experts.ops._numba.pair_matmul`."""
 
 
 class _Product(NamedTuple):
@@ -38,21 +39,18 @@ class PackedMatrix:
     """A weight [O, I] and its bias.
 
     panels:   [P, I, L]: a panel's L outputs lie beside each other, zeros after the last of O; in bfloat16 the first
-              half of them in turns with the second; uint8 is int8 with 128 added, where four inputs of each output lie
-              beside each other
+              half of them in turns with the second; in DOTS uint8, int8 with 128 added, where four inputs of each
+              output lie beside each other; in PAIRS two
+    format:   what compiled code calls the dtype
     scale_PL: float32, what a step of an int8 weight is worth; None for other dtypes
     bias_PL:  float32
     """
 
     panels: torch.Tensor
+    format: str
     num_outputs: int
     scale_PL: torch.Tensor | None
     bias_PL: torch.Tensor | None
-
-    @property
-    def format(self) -> str:
-        """What compiled code calls the dtype."""
-        return DOTS if self.panels.dtype is torch.uint8 else HELD[self.panels.dtype]
 
     @property
     def kind(self) -> tuple[str, bool]:
@@ -97,25 +95,36 @@ def pack_matrix(
 ) -> PackedMatrix:
     """`weight_OI`, in a dtype of HELD, laid out in panels for this CPU; the product is compiled before any call."""
     # Loads LLVM, which a process without experts on CPU does not need.
-    from experts.ops._numba.dot_matmul import INPUTS, MOST_INPUTS
-    from experts.ops._numba.vectors import HAS_DOTS, PANEL
+    from experts.ops._numba import dot_matmul, pair_matmul
+    from experts.ops._numba.vectors import HAS_DOTS, HAS_PAIRS, PANEL
 
     num_outputs, num_inputs = weight_OI.shape
     padding = -num_outputs % PANEL
     panels_PIL = F.pad(weight_OI, (0, 0, 0, padding)).reshape(-1, PANEL, num_inputs).transpose(1, 2)
     if weight_OI.dtype is torch.bfloat16:
         panels_PIL = panels_PIL.reshape(-1, num_inputs, 2, PANEL // 2).transpose(2, 3).reshape(-1, num_inputs, PANEL)
-    if weight_OI.dtype is torch.int8 and HAS_DOTS and num_inputs % INPUTS == 0 and num_inputs <= MOST_INPUTS:
-        fours_PIL = panels_PIL.reshape(-1, num_inputs // INPUTS, INPUTS, PANEL).transpose(2, 3)
-        panels_PIL = (fours_PIL.reshape(-1, num_inputs, PANEL).short() + 128).to(torch.uint8)
+    held = HELD[weight_OI.dtype]
+    if held == "int8" and HAS_DOTS and num_inputs % dot_matmul.INPUTS == 0 and num_inputs <= dot_matmul.MOST_INPUTS:
+        held = DOTS
+        panels_PIL = (_beside_each_other(panels_PIL, dot_matmul.INPUTS).short() + 128).to(torch.uint8)
+    elif held == "int8" and HAS_PAIRS and num_inputs % pair_matmul.INPUTS == 0:
+        held = PAIRS
+        panels_PIL = _beside_each_other(panels_PIL, pair_matmul.INPUTS)
     matrix = PackedMatrix(
         panels=panels_PIL.contiguous(),
+        format=held,
         num_outputs=num_outputs,
         scale_PL=None if scale_O is None else F.pad(scale_O.float(), (0, padding)).view(-1, PANEL),
         bias_PL=None if bias_O is None else F.pad(bias_O.float(), (0, padding)).view(-1, PANEL),
     )
     _ = matrix.product
     return matrix
+
+
+def _beside_each_other(panels_PIL: torch.Tensor, inputs: int) -> torch.Tensor:
+    """The same shape, with so many inputs of an output in a row."""
+    num_panels, num_inputs, panel = panels_PIL.shape
+    return panels_PIL.reshape(num_panels, -1, inputs, panel).transpose(2, 3).reshape(num_panels, num_inputs, panel)
 
 
 def pack_exactly(weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> PackedMatrix:
@@ -129,9 +138,9 @@ def packed_matmul(matrix: PackedMatrix, rows_RI: torch.Tensor, team: ThreadTeam 
 
     team: threads that share the outputs where there is enough to do
 
-    Weights are widened to float32 as they are read, and sums are float32, in ascending order of inputs (in DOTS rows
-    are rounded to 16 bits, and sums are exact): a row's result depends neither on the other rows nor on the threads.
-    The GIL is not held.
+    Weights are widened to float32 as they are read, and sums are float32, in ascending order of inputs (in DOTS and
+    PAIRS rows are rounded to 16 bits, and sums are exact): a row's result depends neither on the other rows nor on the
+    threads. The GIL is not held.
     """
     num_panels, num_inputs, panel = matrix.panels.shape
     assert rows_RI.dtype is torch.float32

@@ -1,10 +1,9 @@
 """The product of float32 rows and int8 matrices, with the instruction that adds four products of bytes (AVX-512 VNNI).
 
-A row becomes 16-bit integers, steps of its largest value: 3e-5 of a result, where rounding weights to int8 has cost a
-hundred times that. Each is 256 * high + low, both of them bytes, so that a row's sum is 256 * (its high bytes' sum) +
-(its low bytes' sum), both exact: twice as many products, at four times the pace. The instruction wants one side
-unsigned: weights are kept with 128 added to each, and 128 times the sum of a row's bytes is what its sums start below
-zero. Four inputs of an output lie beside each other in a panel.
+A row becomes whole steps of its largest value (`row_steps.py`). Each is 256 * high + low, both of them bytes, so that a
+row's sum is 256 * (its high bytes' sum) + (its low bytes' sum), both exact: twice as many products, at four times the
+pace. The instruction wants one side unsigned: weights are kept with 128 added to each, and 128 times the sum of a row's
+bytes is what its sums start below zero. Four inputs of an output lie beside each other in a panel.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from experts.ops._numba.object_cache import SUMS, compiled, part
+from experts.ops._numba.row_steps import HEAD_BYTES, memory, whole_steps, write_step
+from experts.ops._numba.tiles import even_tile
 from experts.ops._numba.vectors import FLOAT, I32, I64, INT, PANEL, VECTOR_BYTES, VECTORS, Emitter, same
 
 INPUTS = 4
@@ -28,50 +29,27 @@ INPUTS = 4
 MOST_INPUTS = 1 << 16
 """Of a matrix, so that no sum of bytes' products is more than 32 bits hold."""
 _TILE_ROWS = 6
-# The largest value of a row in steps: 256 * 127, as high bytes are signed.
-_MOST_STEPS = np.float32(127 << 8)
-# Rows of nothing above so many steps are zeros.
-_LEAST_STEP = np.float32(1e-36)
-# What is before a row's bytes: what a step is worth, and where the sums of high and of low bytes start.
-_HEAD_BYTES = 64
-
-
-@intrinsic
-def _memory(_: Any, address: Any) -> Any:
-    """The pointer that an address is."""
-
-    def codegen(_: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        return builder.inttoptr(values[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), codegen
 
 
 @part((), fastmath=SUMS, error_model="numpy")
 def _cut(row: Any, inputs: Any, out: Any, plane: Any) -> None:
-    """A float32 row at an address, to its head and two planes of bytes at another."""
-    values = numba.carray(_memory(row), inputs, np.float32)
-    bits = numba.carray(_memory(row), inputs, np.int32)
-    largest = np.int32(0)
-    for i in range(inputs):
-        # Without its sign, a float's bits are in its order.
-        largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
-    head, starts = numba.carray(_memory(out), 1, np.float32), numba.carray(_memory(out), 3, np.int32)
-    starts[0] = largest
-    step = head[0] / _MOST_STEPS
-    steps = np.float32(1) / step if step > _LEAST_STEP else np.float32(0)
-    high = numba.carray(_memory(out + _HEAD_BYTES), plane, np.int8)
-    low = numba.carray(_memory(out + _HEAD_BYTES + plane), plane, np.int8)
+    """A float32 row at an address, to its head and two planes of bytes at another.
+
+    The head holds what a step is worth, and where the sums of high and of low bytes start.
+    """
+    values, steps = numba.carray(memory(row), inputs, np.float32), write_step(row, inputs, out)
+    high = numba.carray(memory(out + HEAD_BYTES), plane, np.int8)
+    low = numba.carray(memory(out + HEAD_BYTES + plane), plane, np.int8)
     sum_high, sum_low = np.int32(0), np.int32(0)
     for i in range(inputs):
-        scaled = values[i] * steps
-        whole = np.int32(scaled + (np.float32(0.5) if scaled > 0 else np.float32(-0.5)))
+        whole = whole_steps(values[i], steps)
         lower = ((whole + np.int32(128)) & np.int32(255)) - np.int32(128)
         upper = (whole - lower) >> np.int32(8)
         high[i], low[i] = upper, lower
         sum_high += upper
         sum_low += lower
     high[inputs:], low[inputs:] = 0, 0
-    head[0] = step
+    starts = numba.carray(memory(out), 3, np.int32)
     starts[1], starts[2] = np.int32(-128) * sum_high, np.int32(-128) * sum_low
 
 
@@ -93,7 +71,7 @@ def compile_dot_matmul(*, biased: bool) -> Callable[..., None]:
         out_bytes: int,
     ) -> None:
         plane = (inputs + INPUTS - 1) // INPUTS * INPUTS
-        cut_bytes = _HEAD_BYTES + 2 * plane
+        cut_bytes = HEAD_BYTES + 2 * plane
         cut = np.empty((starts[len(matrices)] - starts[0]) * cut_bytes, np.int8)
         for matrix in range(len(matrices)):
             begin, end = starts[matrix] - starts[0], starts[matrix + 1] - starts[0]
@@ -102,7 +80,7 @@ def compile_dot_matmul(*, biased: bool) -> Callable[..., None]:
             for panel in range(panels):
                 row = begin
                 while row < end:
-                    tile_rows = min(_TILE_ROWS, end - row)
+                    tile_rows = even_tile(end - row, _TILE_ROWS)
                     tile(
                         tile_rows,
                         plane,
@@ -174,7 +152,7 @@ class _Tile(Emitter):
         """Sums over `plane` inputs to `out`, in float32."""
         builder = self.builder
         heads = [self.at(row, self.times(row_bytes, r)) for r in range(self._rows)]
-        planes = [builder.add(self.after(head, _HEAD_BYTES), offset) for head in heads for offset in (_ZERO, plane)]
+        planes = [builder.add(self.after(head, HEAD_BYTES), offset) for head in heads for offset in (_ZERO, plane)]
         before = [
             self.spread(self.load(self.after(head, offset), I32))
             for head in heads

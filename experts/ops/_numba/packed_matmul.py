@@ -21,8 +21,10 @@ from numba.extending import intrinsic
 
 from experts.ops._numba.dot_matmul import compile_dot_matmul
 from experts.ops._numba.object_cache import compiled
+from experts.ops._numba.pair_matmul import compile_pair_matmul
+from experts.ops._numba.tiles import even_tile
 from experts.ops._numba.vectors import FLOAT, I8, I64, INT, LANES, PANEL, VECTOR_BYTES, VECTORS, Emitter, same
-from experts.ops.packed_matmul import DOTS
+from experts.ops.packed_matmul import DOTS, PAIRS
 
 TILE_ROWS = 12 if LANES == 16 else 6
 # Rows' inputs are taken in pieces of so many bytes, which stay in a core's second cache for all panels,
@@ -72,6 +74,8 @@ def compile_matmul(weight_format: str, *, biased: bool) -> Callable[..., None]:
     """
     if weight_format == DOTS:
         return compile_dot_matmul(biased=biased)
+    if weight_format == PAIRS:
+        return compile_pair_matmul(biased=biased)
     kind = _FORMATS[weight_format]
     panel_bytes = PANEL * kind.itemsize
     tile = _tile(kind, biased)
@@ -96,7 +100,7 @@ def compile_matmul(weight_format: str, *, biased: bool) -> Callable[..., None]:
                 for panel in range(panels):
                     row = begin
                     while row < end:
-                        tile_rows = min(TILE_ROWS, end - row)
+                        tile_rows = even_tile(end - row, TILE_ROWS)
                         tile(
                             tile_rows,
                             first == 0,

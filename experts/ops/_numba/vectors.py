@@ -14,6 +14,8 @@ PANEL = VECTORS * LANES
 """Outputs that lie beside each other in a packed matrix."""
 HAS_DOTS = bool(_FEATURES.get("avx512f") and _FEATURES.get("avx512vnni"))
 """Whether there is an instruction for sums of four products of bytes."""
+HAS_PAIRS = bool(_FEATURES.get("avx512bw") if LANES == 16 else _FEATURES.get("avx2"))
+"""Whether there is one for sums of two products of 16 bits, in vectors of LANES such sums."""
 
 I8, I32, I64 = (ir.IntType(bits) for bits in (8, 32, 64))
 FLOAT = ir.VectorType(ir.FloatType(), LANES)
