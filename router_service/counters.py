@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -68,11 +67,11 @@ class RouterCounters:
         shares_G3: Sequence[tuple[int, int, int]],
         num_tokens: int,
         hidden_size: int,
-        dispatched: float,
+        seconds: float,
     ) -> None:
-        """Count a batch that went to groups of this node and came back, all of the below at once.
+        """Count a batch that went to groups of this node and came back after so long, all of the below at once.
 
-        shares_G3: see `SplitRows`; dispatched: when, on the monotonic clock
+        shares_G3: see `SplitRows`
         """
         copies = [tokens or num_tokens for rows, _, tokens in shares_G3 if rows]
         num_bytes = sum(copies) * hidden_size * 4
@@ -84,7 +83,7 @@ class RouterCounters:
             self.token_copies += sum(copies)
             self.bytes_sent += num_bytes
             self.bytes_received += num_bytes
-        self.combined(time.monotonic() - dispatched)
+        self.combined(seconds)
 
     def node(self, num_tokens: int) -> None:
         """Count the tokens of a batch that go to one node."""

@@ -16,6 +16,7 @@ from router_service.counters import RouterCounters
 from router_service.dispatch import compiled_split_rows, plan_dispatch
 from router_service.failover import Failover, OnExpertLoss
 from router_service.gating.gate import ChoiceLimit, Gate
+from router_service.lane_run import LaneRun
 from router_service.node_limit import NodeLimit
 from router_service.pending import Pending
 from router_service.placement import PlacementTable
@@ -88,6 +89,11 @@ class Router:
         view = self._board.view
         return view.table if view is not None else None
 
+    @property
+    def has_lanes(self) -> bool:
+        """Whether small batches may go to groups of this machine over sockets of their own."""
+        return self._small is not None
+
     def wait_table(self, seen: PlacementTable | None, timeout_s: float) -> PlacementTable | None:
         """The current table as soon as it is not `seen`, or whatever it is after `timeout_s`."""
         view = self._board.view
@@ -126,6 +132,12 @@ class Router:
             limit = NodeLimit(self._view().held_by_nodes(layer), self._max_nodes_per_token)
         expert_ids_TK, weights_TK = gate(hidden_TH, limit)
         return self._dispatch(layer, hidden_TH, expert_ids_TK, weights_TK, timeout_s)
+
+    def run(self, layers: tuple[int, ...], hidden_TH: torch.Tensor) -> LaneRun | None:
+        """A lane on which compiled code takes a batch of `hidden_TH`'s size through `layers`, as `route` would one by
+        one; None where it cannot, at present or at all."""
+        view = self._board.view
+        return self._small.run(view, layers, hidden_TH) if self._small is not None and view is not None else None
 
     def dispatch(
         self,

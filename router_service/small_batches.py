@@ -10,73 +10,29 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
 
-from experts.wire.lane import Lane
 from router_service.counters import RouterCounters
-from router_service.dispatch import SplitRows
+from router_service.desk import MOST_TOKENS, Desk, LayerBatches, Shape
 from router_service.gating.compiled_gate import CompiledGate
 from router_service.gating.gate import Gate
+from router_service.lane_run import LaneRun, LayerStack
 from router_service.pending import Pending
 from router_service.replica_choice import ReplicaChoice
-from router_service.slot_index import IntArray, SlotIndex
+from router_service.slot_index import IntArray
 from router_service.table_view import TableBoard, TableView
 from router_service.transport.grpc_stream import GrpcTransport
 
-_Shape = tuple[int, int, int, int]
 _NONE: IntArray = np.empty(0, np.int32)
-# The messages of more are too long to be copied twice.
-_MOST_TOKENS = 64
-# What surrounds the numbers of a message is shorter.
-_FRAME_BYTES = 128
 # How long compiled code waits at a time, before it is asked whether that is still worth it.
 _PATIENCE_S = 1.0
 # A lane that could not be opened is tried again after so long.
 _RETRY_S = 1.0
 # Batches that may be out at a time: each takes a thread of every group.
 _MOST_OUT = 8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Layer:
-    """A layer's gate and slots, and what compiled code wants to know of them."""
-
-    gate: CompiledGate
-    index: SlotIndex
-    run: Callable[..., bool]
-
-    @property
-    def shape(self) -> _Shape:
-        """What a desk's memory depends on: hidden size, experts a token, columns of logits, experts."""
-        logits = self.gate.formula.logits
-        return logits.panels.shape[1], self.gate.formula.top_k, logits.num_columns, self.index.num_experts
-
-    @property
-    def slots(self) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-        index = self.index
-        return index.slots_of_expert_EJ, index.num_slots_E, index.expert_of_slot_S, index.group_bounds_G1
-
-
-class _Desk:
-    """A lane to a table's groups, and memory for the batch that is on it: see `compile_ask_groups`."""
-
-    def __init__(self, lane: Lane, view: TableView, here: _Layer) -> None:
-        hidden_size, top_k, num_columns, _ = self.shape = here.shape
-        rows = _MOST_TOKENS * top_k
-        self.lane = lane
-        self.view = view
-        self.call_id = 0
-        self.logits_TP = np.empty((_MOST_TOKENS, num_columns), np.float32)
-        self.expert_ids_TK = np.empty((_MOST_TOKENS, top_k), np.int64)
-        self.weights_TK = np.empty((_MOST_TOKENS, top_k), np.float32)
-        self.split = SplitRows.of(here.index, rows)
-        self.message = np.empty(_MOST_TOKENS * hidden_size * 4 + 16 * rows + _FRAME_BYTES, np.uint8)
-        self.values = np.empty(_MOST_TOKENS * hidden_size, np.float32)
-        self.progress = np.zeros(2, np.int64)
 
 
 class SmallBatches:
@@ -107,10 +63,11 @@ class SmallBatches:
         self._gates = gates
         self._replicas = replicas
         self._node = node
-        self._layers: dict[int, tuple[TableView, _Layer | None]] = {}
+        self._layers: dict[int, tuple[TableView, LayerBatches | None]] = {}
+        self._stacks: dict[tuple[int, ...], tuple[TableView, LayerStack | None]] = {}
         self._lock = threading.Lock()
         self._view: TableView | None = None
-        self._free: dict[_Shape, list[_Desk]] = {}
+        self._free: dict[Shape, list[Desk]] = {}
         self._num_out = 0
         self._try_again_at = 0.0
         compiled_add_answers()  # now, rather than in the first request
@@ -120,17 +77,8 @@ class SmallBatches:
 
     def send(self, view: TableView, layer: int, hidden_TH: torch.Tensor) -> SmallBatch | None:
         """Gate a batch and ask its groups; None for a batch that is not small, or whose groups are not all here."""
-        known, here = self._layers.get(layer, (None, None))
-        if known is not view:
-            _, here = self._layers[layer] = view, self._prepare(view, layer)
-        if (
-            here is None
-            or not 0 < len(hidden_TH) <= _MOST_TOKENS
-            or not here.gate.takes(hidden_TH)
-            or not self._transport.sends_inline(hidden_TH.nbytes)
-            or self._replicas.unreachable(view)
-            or (desk := self._desk(view, here)) is None
-        ):
+        here = self._layer(view, layer)
+        if here is None or (desk := self._desk_for(view, here, hidden_TH)) is None:
             return None
         desk.call_id += 1
         began = time.monotonic()
@@ -144,7 +92,24 @@ class SmallBatches:
             return None
         return SmallBatch(self, desk, layer, hidden_TH, began)
 
-    def leave(self, desk: _Desk, *, usable: bool) -> None:
+    def run(self, view: TableView, layers: tuple[int, ...], hidden_TH: torch.Tensor) -> LaneRun | None:
+        """A lane for a batch that goes through `layers` one after the other; None where one of them would not be sent,
+        or they are not alike."""
+        known, stack = self._stacks.get(layers, (None, None))
+        if known is not view:
+            prepared = [self._layer(view, layer) for layer in layers]
+            whole = [each for each in prepared if each is not None]
+            stack = LayerStack.of(layers, whole) if len(whole) == len(layers) else None
+            self._stacks[layers] = view, stack
+        if stack is None or (desk := self._desk_for(view, stack.first, hidden_TH)) is None:
+            return None
+        return LaneRun(desk, stack, self, patience_ms=int(1e3 * _PATIENCE_S))
+
+    def resume(self, desk: Desk, layer: int, hidden_TH: torch.Tensor, began: float) -> SmallBatch:
+        """The rest of a run's batch that began at `began`, on the monotonic clock, and whose groups were asked."""
+        return SmallBatch(self, desk, layer, hidden_TH, began)
+
+    def leave(self, desk: Desk, *, usable: bool) -> None:
         """A batch is over. usable: nothing is owed on its desk's lane any more"""
         with self._lock:
             self._num_out -= 1
@@ -158,7 +123,23 @@ class SmallBatches:
         """Drop every lane; those that a batch is on when it is over."""
         self._use(None)
 
-    def _desk(self, view: TableView, here: _Layer) -> _Desk | None:
+    def _layer(self, view: TableView, layer: int) -> LayerBatches | None:
+        known, here = self._layers.get(layer, (None, None))
+        if known is not view:
+            _, here = self._layers[layer] = view, self._prepare(view, layer)
+        return here
+
+    def _desk_for(self, view: TableView, here: LayerBatches, hidden_TH: torch.Tensor) -> Desk | None:
+        """None for a batch that is not small, whose groups are not all here, or while too many are out."""
+        small = (
+            0 < len(hidden_TH) <= MOST_TOKENS
+            and here.gate.takes(hidden_TH)
+            and self._transport.sends_inline(hidden_TH.nbytes)
+            and not self._replicas.unreachable(view)
+        )
+        return self._desk(view, here) if small else None
+
+    def _desk(self, view: TableView, here: LayerBatches) -> Desk | None:
         if self._view is not view:
             self._use(view)
         with self._lock:
@@ -175,7 +156,7 @@ class SmallBatches:
             return None
         with self._lock:
             self._num_out += 1
-        return _Desk(lane, view, here)
+        return Desk(lane, view, here)
 
     def _use(self, view: TableView | None) -> None:
         with self._lock:
@@ -184,7 +165,7 @@ class SmallBatches:
             for desk in desks:
                 desk.lane.close()
 
-    def _prepare(self, view: TableView, layer: int) -> _Layer | None:
+    def _prepare(self, view: TableView, layer: int) -> LayerBatches | None:
         gate = self._gates.get(layer)
         alone = all(len(each) == 1 and self._node in (None, each[0].node) for each in view.replicas)
         if not isinstance(gate, CompiledGate) or not alone:
@@ -192,18 +173,18 @@ class SmallBatches:
         index = view.slots(layer, frozenset())
         if index.num_experts < gate.formula.logits.num_outputs:
             return None
-        return _Layer(gate=gate, index=index, run=_compiled(gate))
+        return LayerBatches(gate=gate, index=index, run=_compiled(gate))
 
 
 class SmallBatch:
     """A batch whose experts are at work, see `Pending`."""
 
     def __init__(
-        self, batches: SmallBatches, desk: _Desk, layer: int, hidden_TH: torch.Tensor, dispatched: float
+        self, batches: SmallBatches, desk: Desk, layer: int, hidden_TH: torch.Tensor, dispatched: float
     ) -> None:
         """dispatched: when it began, on the monotonic clock"""
         self._batches = batches
-        self._desk: _Desk | None = desk
+        self._desk: Desk | None = desk
         self._layer = layer
         self._hidden_TH = hidden_TH
         self._dispatched = dispatched
@@ -226,9 +207,9 @@ class SmallBatch:
             )
         whole = ended == SUMMED
         if whole:
-            split, began = desk.split, self._dispatched
+            split, seconds = desk.split, time.monotonic() - self._dispatched
             batches.counters.small_batch(
-                self._layer, split.rows_E, split.shares_G3.tolist(), num_tokens, hidden_size, began
+                self._layer, split.rows_E, split.shares_G3.tolist(), num_tokens, hidden_size, seconds
             )
         batches.leave(desk, usable=whole)
         if whole:

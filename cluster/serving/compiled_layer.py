@@ -11,9 +11,10 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -22,6 +23,10 @@ from cluster.serving.compiled_norm import CompiledNorm
 from cluster.serving.kv_cache import Arena
 from experts.ops.cpu_threads import ThreadTeam
 
+if TYPE_CHECKING:
+    from cluster.serving._numba.decode_layers import Attention
+
+_Numbers = npt.NDArray[np.int64]
 # Rows of a step from which a second thread is worth waking.
 _SHARED_ROWS = 4
 # Rows that the caller is done with before the others are awake, but not more than so large a part of all.
@@ -86,6 +91,7 @@ class _Part:
 class CompiledLayer(nn.Module, ABC):
     """In place of a family's decoder layer, of which only the MLP is kept.
 
+    attention: the same for rows of one of several layers
     compiled:  writes hidden states after attention, and what the MLP gets; its arguments are a step's rows, the layer's
                norms, `constants`, and what all layers of a step share, see `_stages`
     work:      the shapes of what it works in, but for the rows
@@ -98,6 +104,7 @@ class CompiledLayer(nn.Module, ABC):
         layer: Any,
         team: ThreadTeam,
         *,
+        attention: Attention,
         compiled: Callable[..., None],
         constants: tuple[Any, ...],
         work: Shapes,
@@ -108,8 +115,9 @@ class CompiledLayer(nn.Module, ABC):
         norms = layer.input_layernorm, layer.post_attention_layernorm
         self.mlp = layer.mlp
         self._team = team
+        self.attention = attention
         self._compiled = compiled
-        self._constants = (
+        self.constants = (
             np.stack([norm.weight.numpy() for norm in norms]),
             np.array([norm.variance_epsilon for norm in norms], np.float32),
             *constants,
@@ -131,7 +139,7 @@ class CompiledLayer(nn.Module, ABC):
         """What the compiled function reads and writes of an arena."""
 
     @staticmethod
-    def _angles(position_embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def angles(position_embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [1, T, D] of what the model's rotary embedding returned."""
         cos, sin = position_embeddings
         return cos, sin
@@ -146,7 +154,7 @@ class CompiledLayer(nn.Module, ABC):
         assert hidden_states.shape == (1, batch.num_tokens, self._hidden_size)  # compiled code looks at no bounds
         both_21TH = torch.empty(2, *hidden_states.shape)
         hidden_TH, (residual_TH, mlp_in_TH) = hidden_states[0].contiguous().numpy(), both_21TH.numpy()[:, 0]
-        both, constants = (self._compiled, self._at_once.compiled), self._constants
+        both, constants = (self._compiled, self._at_once.compiled), self.constants
 
         for pieces in stages:
 
@@ -159,6 +167,24 @@ class CompiledLayer(nn.Module, ABC):
         residual_1TH, mlp_in_1TH = both_21TH.unbind()
         return residual_1TH.add_(self.mlp(mlp_in_1TH))
 
+    def decode_parts(self, batch: AttentionBatch) -> tuple[_Numbers, _Numbers, _Numbers]:
+        """Of a step in which every sequence decodes, int64: [P, 6], rows of each part (first, and after the last),
+        addresses of its caches, how many slots there are, and how long; [T] slots and [T] positions of all rows."""
+        parts = []
+        for part in self._decoding(batch):
+            arena = part.arena
+            caches = arena.key.data_ptr(), arena.value.data_ptr()
+            parts.append((part.rows.start, part.rows.stop, *caches, arena.num_slots, arena.capacity))
+        groups = batch.decode_groups
+        slots_T = torch.cat([group.slots_B for group in groups])
+        positions_T = torch.cat([group.positions_B for group in groups])
+        assert len(slots_T) == batch.num_tokens  # compiled code looks at no bounds
+        return np.array(parts), slots_T.numpy(), positions_T.numpy()
+
+    def work_for(self, num_rows: int) -> tuple[npt.NDArray[np.float32], ...]:
+        """What the compiled function works in."""
+        return tuple(np.empty((num_rows, *shape), np.float32) for shape in self._work)
+
     def _stages(self, batch: AttentionBatch, position_embeddings: Any) -> list[list[LayerPiece]]:
         """What a thread computes at a time: which rows, and their cosines, sines, caches, slots, positions and work.
 
@@ -169,7 +195,7 @@ class CompiledLayer(nn.Module, ABC):
             # One thread would be at the longest while others wait.
             prompts, halves = [cut for part in prompts for cut in part.cut(threads)], [_FIRST_HALF, _SECOND_HALF]
         parts = [*prompts, *self._decoding(batch)]
-        cos_TD, sin_TD = (each[0].contiguous().numpy() for each in self._angles(position_embeddings))
+        cos_TD, sin_TD = (each[0].contiguous().numpy() for each in self.angles(position_embeddings))
         assert cos_TD.shape[1] >= self._rope_dim // 2  # compiled code looks at no bounds
         pieces = [
             (part.rows, part.prepared_LC is not None, (cos_TD[part.rows], sin_TD[part.rows], *self._arguments(part)))

@@ -25,8 +25,9 @@ class GroupedQueryLayer(CompiledLayer):
 
     def __init__(self, layer: Any, team: ThreadTeam) -> None:
         # Loads LLVM, which a GPU's process does not need.
+        from cluster.serving._numba import grouped_query
         from cluster.serving._numba.attend_block import whole_panels
-        from cluster.serving._numba.grouped_query import compile_grouped_query
+        from cluster.serving._numba.decode_layers import Attention
         from cluster.serving._numba.grouped_query_parts import GroupedQueryShape
         from cluster.serving._numba.grouped_query_prompt import compile_grouped_query_prompt
         from experts.ops._numba.vectors import PANEL
@@ -51,7 +52,13 @@ class GroupedQueryLayer(CompiledLayer):
         super().__init__(
             layer,
             team,
-            compiled=compile_grouped_query(shape, *kinds),
+            attention=Attention(
+                grouped_query.attend_rows(shape, *kinds),
+                ("grouped query", shape, kinds),
+                grouped_query.CONSTANTS,
+                grouped_query.WORK,
+            ),
+            compiled=grouped_query.compile_grouped_query(shape, *kinds),
             constants=(
                 *(norms, epsilon, *(np.array(matrix.addresses())[:, None] for matrix in (into, onto))),
                 np.array([len(into.panels), len(onto.panels)]),

@@ -25,7 +25,8 @@ class LatentLayer(CompiledLayer):
 
     def __init__(self, layer: Any, team: ThreadTeam) -> None:
         # Loads LLVM, which a GPU's process does not need.
-        from cluster.serving._numba.latent import compile_latent
+        from cluster.serving._numba import latent as compiled_latent
+        from cluster.serving._numba.decode_layers import Attention
         from cluster.serving._numba.latent_parts import LatentShape
         from cluster.serving._numba.latent_prompt import compile_latent_prompt
 
@@ -67,7 +68,13 @@ class LatentLayer(CompiledLayer):
         super().__init__(
             layer,
             team,
-            compiled=compile_latent(shape, kinds),
+            attention=Attention(
+                compiled_latent.attend_rows(shape, kinds),
+                ("latent", shape, kinds),
+                compiled_latent.CONSTANTS,
+                compiled_latent.WORK,
+            ),
+            compiled=compiled_latent.compile_latent(shape, kinds),
             constants=(
                 *(query_norm.weight.numpy(), norm.weight.numpy()),
                 np.array([query_norm.variance_epsilon, norm.variance_epsilon], np.float32),
@@ -103,10 +110,10 @@ class LatentLayer(CompiledLayer):
         return (arena.key,)
 
     @staticmethod
-    def _angles(position_embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def angles(position_embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(position_embeddings, torch.Tensor):  # DeepSeek-V2's are complex numbers
             return position_embeddings.real, position_embeddings.imag
-        return CompiledLayer._angles(position_embeddings)
+        return CompiledLayer.angles(position_embeddings)
 
 
 def _rope(layer: Any) -> Rope:

@@ -80,6 +80,11 @@ class RouterConnection:
     send_s: float = 0.0
     wait_s: float = 0.0
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether another micro-batch is to be computed while experts are out."""
+        return self.meanwhile is not _nothing
+
     def of_wanted_rows(
         self, layer: int, compute: Callable[..., torch.Tensor], hidden_TH: torch.Tensor, *others: torch.Tensor
     ) -> torch.Tensor:

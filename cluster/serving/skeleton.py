@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from cluster.serving import attention, moe_block
 from cluster.serving.attention_batch import AttentionBatch
+from cluster.serving.compiled_decode import CompiledDecode
 from cluster.serving.compiled_layer import CompiledLayer
 from cluster.serving.compiled_mlp import compile_mlps
 from cluster.serving.compiled_norm import compile_norms
@@ -45,6 +46,7 @@ class ModelSkeleton:
     """A causal LM whose experts are behind a router.
 
     gates: layer -> gate, for the router; empty where the family's own gates stay in the model
+    team:  threads that share a step's work on a CPU
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class ModelSkeleton:
         gates: Mapping[int, Gate],
         kv_layout: KVLayout,
         eos_token_ids: frozenset[int],
+        team: ThreadTeam | None = None,
     ) -> None:
         self.model = model
         self.gates = gates
@@ -65,11 +68,16 @@ class ModelSkeleton:
         self.max_position_embeddings = rope_reach(config)
         self.connection: RouterConnection = model.router_connection  # type: ignore[assignment]
         layers = getattr(getattr(model, "model", None), "layers", ())
+        self._team = team or ThreadTeam(1)
+        self._decode: CompiledDecode | None = None
         self._is_compiled = len(layers) > 0 and all(isinstance(layer, CompiledLayer) for layer in layers)
 
     def connect(self, router: ExpertRouter) -> None:
         """Send expert work to `router`, which was built with `gates`."""
         self.connection.router = router
+        if self._is_compiled:
+            layers: Any = self.model.model.layers  # type: ignore[union-attr]
+            self._decode = CompiledDecode.of(layers, self.gates, router, self._team)
 
     def forward(
         self,
@@ -104,8 +112,15 @@ class ModelSkeleton:
         decoder: Any = self.model.model
         hidden_1TH = decoder.embed_tokens(input_ids_1T)
         rope = decoder.rotary_emb(hidden_1TH, position_ids=arguments["position_ids"])
-        for layer in decoder.layers:
-            hidden_1TH = layer(hidden_1TH, attention_mask=None, position_embeddings=rope, **arguments)
+        at, decode = 0, self._decode
+        while at < len(decoder.layers):
+            run = None
+            if decode is not None and at == decode.first:
+                run = decode.run(hidden_1TH, rope, arguments["attention_batch"], self.connection)
+            if run is None:
+                layer = decoder.layers[at]
+                run = layer(hidden_1TH, attention_mask=None, position_embeddings=rope, **arguments), at + 1
+            hidden_1TH, at = run
         logits: torch.Tensor = self.model.lm_head(decoder.norm(hidden_1TH[0, logits_rows]))  # type: ignore[operator]
         return logits.float()
 
@@ -124,8 +139,8 @@ def load_skeleton(source: Checkpoint | str | Path, *, dtype: torch.dtype, device
         # The cache keeps latents and the attention function works on them.
         module.latent_projections = LatentProjections(module)
         module.expand_kv = lambda latents, k_rope: (latents, k_rope)
-    if device.type == "cpu":
-        team = ThreadTeam(torch.get_num_threads())
+    team = ThreadTeam(torch.get_num_threads()) if device.type == "cpu" else None
+    if team is not None:
         pack_linears(model, team)
         compile_norms(model)
         compile_mlps(model, team)
@@ -135,6 +150,7 @@ def load_skeleton(source: Checkpoint | str | Path, *, dtype: torch.dtype, device
         gates=_gates(model, raw_config),
         kv_layout=_kv_layout(config, latent=bool(latent), dtype=dtype, device=device),
         eos_token_ids=_eos_token_ids(checkpoint.directory, config),
+        team=team,
     )
 
 

@@ -2,4 +2,4 @@
 
 from experts.ops._numba.object_cache import remember_sources
 
-remember_sources(__file__)
+SOURCES = remember_sources(__file__)

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numba
 import numpy as np
 from numba import types
 
 from cluster.serving._numba.add_attention import add_attention
 from cluster.serving._numba.attend import attend
 from cluster.serving._numba.grouped_query_parts import GroupedQueryShape, read_tokens
-from experts.ops._numba.object_cache import compiled
+from experts.ops._numba.memory import memory
+from experts.ops._numba.object_cache import compiled, part
 from experts.ops._numba.packed_matmul import Kind
 
 _MATRIX, _CACHE, _VECTOR = types.float32[:, ::1], types.float32[:, :, :, :, ::1], types.float32[::1]
@@ -102,3 +104,39 @@ def compile_grouped_query(shape: GroupedQueryShape, into: Kind, onto: Kind) -> C
 
     signature = types.void(*COMMON, types.int64)
     return compiled(grouped_query, signature, variant=(shape, into, onto), error_model="numpy")
+
+
+CONSTANTS = types.Tuple(
+    (
+        *(types.float32[:, :, ::1], _MATRIX, types.float32[:, :, ::1], _VECTOR),
+        *(types.int64[:, :, ::1], types.int64[:, :, ::1], _ADDRESSES, _NUMBERS, _NUMBERS, _VECTOR),
+    )
+)
+WORK = types.UniTuple(_MATRIX, 3)
+
+
+@cache
+def attend_rows(shape: GroupedQueryShape, into: Kind, onto: Kind) -> Callable[..., None]:
+    """One of several layers for some rows of a step, as a function for others to call; see `compile_decode_layers`.
+
+    constants: of `compile_grouped_query` from `layer_norms` to `scale`, each with a number for every layer (CONSTANTS)
+    caches:    addresses of the first layer's keys and values, how many slots there are, and C
+    work:      what is to work in there, for all rows of the step (WORK)
+    """
+    compute = compile_grouped_query(shape, into, onto)
+    kv_heads, head_dim = shape.kv_heads, shape.head_dim
+
+    @part((shape, into, onto))
+    def attend(number, rows, hidden, residual, mlp_in, constants, cos, sin, caches, slots, positions, work):  # type: ignore[no-untyped-def]
+        layer = constants[7][number]
+        size = (layer + 1, caches[2], kv_heads, caches[3], head_dim)
+        compute(
+            *(hidden[rows], residual[rows], mlp_in[rows], constants[0][number], constants[1][number]),
+            *(constants[2][number], constants[3][number], constants[4][number], constants[5][number]),
+            *(constants[6][number], layer, constants[8][number], constants[9][number], cos[rows], sin[rows]),
+            *(numba.carray(memory(caches[0]), size, np.float32), numba.carray(memory(caches[1]), size, np.float32)),
+            *(slots[rows], positions[rows], work[0][rows], work[1][rows], work[2][rows], 0),
+        )
+
+    function: Callable[..., None] = attend
+    return function

@@ -19,8 +19,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from experts.ops._numba.memory import memory
 from experts.ops._numba.object_cache import SUMS, compiled, part
-from experts.ops._numba.row_steps import HEAD_BYTES, memory, whole_steps, write_step
+from experts.ops._numba.row_steps import HEAD_BYTES, whole_steps, write_step
 from experts.ops._numba.tiles import even_tile
 from experts.ops._numba.vectors import FLOAT, I8, I32, I64, INT, LANES, PANEL, VECTOR_BYTES, VECTORS, Emitter, same
 

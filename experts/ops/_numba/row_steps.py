@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
+from experts.ops._numba.memory import memory
 from experts.ops._numba.object_cache import SUMS, part
 
 HEAD_BYTES = 64
@@ -22,16 +19,6 @@ HEAD_BYTES = 64
 _MOST_STEPS = np.float32(127 << 8)
 # Rows of nothing above so many steps are zeros.
 _LEAST_STEP = np.float32(1e-36)
-
-
-@intrinsic
-def memory(_: Any, address: Any) -> Any:
-    """The pointer that an address is."""
-
-    def codegen(_: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        return builder.inttoptr(values[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), codegen
 
 
 @part((), fastmath=SUMS, error_model="numpy")

@@ -9,9 +9,10 @@ from numba import njit
 
 @njit(nogil=True)
 def even_tile(rows: Any, most: Any) -> Any:
-    """Rows of the next tile of at most so many: with as few tiles as there are, none is much smaller than another.
+    """Rows of the next tile of at most so many: whole ones, and the last two alike.
 
     A tile of few rows takes as long as one of twice as many: what it waits for is the sum before the last.
     """
-    tiles = (rows + most - 1) // most
-    return (rows + tiles - 1) // tiles
+    if rows <= most:
+        return rows
+    return (rows + 1) // 2 if rows < 2 * most else most
