@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from experts.wire.lane import Lane
 from router_service.dispatch import SplitRows
@@ -56,3 +57,7 @@ class Desk:
         self.message = np.empty(MOST_TOKENS * hidden_size * 4 + 16 * rows + _FRAME_BYTES, np.uint8)
         self.values = np.empty(MOST_TOKENS * hidden_size, np.float32)
         self.progress = np.zeros(2, np.int64)
+
+    def choice(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts and weights of the batch that was gated last."""
+        return torch.from_numpy(self.expert_ids_TK[:num_tokens]), torch.from_numpy(self.weights_TK[:num_tokens])

@@ -6,7 +6,7 @@ compiled code has to know to gate, ask and add.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,12 +73,16 @@ class _Batches(Protocol):
 
     counters: RouterCounters
 
+    @property
+    def again(self) -> Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], Result]: ...
     def leave(self, desk: Desk, *, usable: bool) -> None: ...
-    def resume(self, desk: Desk, layer: int, hidden_TH: torch.Tensor, began: float) -> Result: ...
+    def resume(
+        self, desk: Desk, layer: int, hidden_TH: torch.Tensor, began: float, out_TH: npt.NDArray[np.float32]
+    ) -> Result: ...
 
 
 class LaneRun:
-    """Belongs to one thread, which calls `end`, `pending` or `leave`, once.
+    """Belongs to one thread, which calls one of `end`, `late`, `again` and `leave`, once.
 
     rows_LE, shares_LG3: what compiled code writes of each layer, see `SplitRows`
     """
@@ -116,22 +120,30 @@ class LaneRun:
         self._desk.call_id += len(seconds_L)
         self._batches.leave(self._desk, usable=True)
 
-    def pending(
-        self, number: int, hidden_TH: torch.Tensor, seconds_L: Sequence[float], began: float, *, asked: bool
-    ) -> Result | None:
-        """What the layer after the first `number`, which have their answers, still waits for.
+    def late(
+        self,
+        number: int,
+        hidden_TH: torch.Tensor,
+        seconds_L: Sequence[float],
+        began: float,
+        out_TH: npt.NDArray[np.float32],
+    ) -> Result:
+        """The first `number` layers have their answers; what is there of the next one's sum is in `out_TH`.
 
-        None where it was not asked. began: when it was gated, on the monotonic clock
+        began: when that one was gated, on the monotonic clock
         """
         self._count(len(hidden_TH), seconds_L)
         desk = self._desk
-        if not asked:
-            self.leave()
-            return None
         desk.call_id += number + 1
         desk.split.shares_G3[:] = self.shares_LG3[number]
         desk.split.rows_E[:] = self.rows_LE[number]
-        return self._batches.resume(desk, self._stack.layers[number], hidden_TH, began)
+        return self._batches.resume(desk, self._stack.layers[number], hidden_TH, began, out_TH)
+
+    def again(self, number: int, hidden_TH: torch.Tensor, seconds_L: Sequence[float]) -> Result:
+        """The first `number` layers have their answers; the next one is to be asked in the ordinary way."""
+        self._count(len(hidden_TH), seconds_L)
+        self.leave()
+        return self._batches.again(self._stack.layers[number], hidden_TH, *self._desk.choice(len(hidden_TH)))
 
     def leave(self) -> None:
         """Nobody wants its answers any more."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from router_service.counters import RouterCounters
@@ -81,6 +82,7 @@ class SmallBatches:
         if here is None or (desk := self._desk_for(view, here, hidden_TH)) is None:
             return None
         desk.call_id += 1
+        desk.progress[:] = 0
         began = time.monotonic()
         sent = here.run(
             *(hidden_TH.detach().contiguous().numpy(), *here.gate.constants),
@@ -105,9 +107,11 @@ class SmallBatches:
             return None
         return LaneRun(desk, stack, self, patience_ms=int(1e3 * _PATIENCE_S))
 
-    def resume(self, desk: Desk, layer: int, hidden_TH: torch.Tensor, began: float) -> SmallBatch:
-        """The rest of a run's batch that began at `began`, on the monotonic clock, and whose groups were asked."""
-        return SmallBatch(self, desk, layer, hidden_TH, began)
+    def resume(
+        self, desk: Desk, layer: int, hidden_TH: torch.Tensor, began: float, out_TH: npt.NDArray[np.float32]
+    ) -> SmallBatch:
+        """The rest of a run's batch, which began at `began` on the monotonic clock; `out_TH` is there of its sum."""
+        return SmallBatch(self, desk, layer, hidden_TH, began, out_TH)
 
     def leave(self, desk: Desk, *, usable: bool) -> None:
         """A batch is over. usable: nothing is owed on its desk's lane any more"""
@@ -180,14 +184,21 @@ class SmallBatch:
     """A batch whose experts are at work, see `Pending`."""
 
     def __init__(
-        self, batches: SmallBatches, desk: Desk, layer: int, hidden_TH: torch.Tensor, dispatched: float
+        self,
+        batches: SmallBatches,
+        desk: Desk,
+        layer: int,
+        hidden_TH: torch.Tensor,
+        dispatched: float,
+        out_TH: npt.NDArray[np.float32] | None = None,
     ) -> None:
-        """dispatched: when it began, on the monotonic clock"""
+        """dispatched: when it began, on the monotonic clock;  out_TH: what is there of its sum, see `desk.progress`"""
         self._batches = batches
         self._desk: Desk | None = desk
         self._layer = layer
         self._hidden_TH = hidden_TH
         self._dispatched = dispatched
+        self._out_TH = np.empty(hidden_TH.shape, np.float32) if out_TH is None else out_TH
 
     def result(self) -> torch.Tensor:
         """combined_TH, float32; the same sum, to the bit, and the same errors as `Pending.result`."""
@@ -197,9 +208,7 @@ class SmallBatch:
         desk, self._desk = self._desk, None
         assert desk is not None, "a result is taken once"
         batches, (num_tokens, hidden_size) = self._batches, self._hidden_TH.shape
-        out_TH = np.empty((num_tokens, hidden_size), np.float32)
-        desk.progress[:] = 0
-        ended = LATE
+        out_TH, ended = self._out_TH, LATE
         while ended == LATE and not self._is_hopeless(desk.view):
             ended = compiled_add_answers()(
                 *(desk.lane.sockets_G, desk.call_id, desk.split.shares_G3, desk.split.tokens_R, desk.progress),
@@ -214,8 +223,7 @@ class SmallBatch:
         batches.leave(desk, usable=whole)
         if whole:
             return torch.from_numpy(out_TH)
-        chosen = torch.from_numpy(desk.expert_ids_TK[:num_tokens]), torch.from_numpy(desk.weights_TK[:num_tokens])
-        return batches.again(self._layer, self._hidden_TH, *chosen).result()
+        return batches.again(self._layer, self._hidden_TH, *desk.choice(num_tokens)).result()
 
     def cancel(self) -> None:
         """Nobody wants the result any more."""

@@ -69,6 +69,9 @@ class CompiledDecode:
     ) -> tuple[torch.Tensor, int] | None:
         """Hidden states after some layers, at least one, and the number of the next; None where it is not to be done
         here. Raises what the router raises."""
+        from cluster.serving._numba.decode_layers import NOT_ASKED
+        from experts.wire._numba.add_answers import LATE, SUMMED
+
         num_tokens, shared = batch.num_tokens, self._shared
         if batch.prefill_spans or connection.overlaps or not (shared is None or shared.takes(num_tokens)):
             return None
@@ -90,18 +93,20 @@ class CompiledDecode:
         connection.send_s += float(asking_L.sum())
         connection.wait_s += float(waiting_L[:done].sum())
         latencies = (times_L5[:done, 4] - times_L5[:done, 1]).tolist()
-        hidden_TH, residual_TH, mlp_in_TH, _ = states_4TH
-        if done == len(self._layers):
+        hidden_TH, residual_TH, mlp_in_TH, combined_TH = states_4TH
+        if ended == SUMMED:
             lane.end(num_tokens, latencies)
             return hidden_TH[None], self.first + done
-        pending = lane.pending(done, mlp_in_TH, latencies, times_L5[done, 1], asked=ended)
-        if pending is None:
-            made_TH = self._blocks[done](mlp_in_TH)
+        if ended == LATE:
+            pending = lane.late(done, mlp_in_TH, latencies, times_L5[done, 1], combined_TH.numpy())
         else:
-            made_TH = connection.receive(pending)
-            if shared is not None:
-                made_TH = made_TH + torch.from_numpy(shared_out_TP)[:, : made_TH.shape[1]]
-        return residual_TH.add_(made_TH)[None], self.first + done + 1
+            pending = lane.again(done, mlp_in_TH, latencies)
+        made_TH = connection.receive(pending)
+        if ended == NOT_ASKED:
+            shared_TH = None if shared is None else self._blocks[done].shared_experts(mlp_in_TH)
+        else:
+            shared_TH = None if shared is None else torch.from_numpy(shared_out_TP)[:, : made_TH.shape[1]]
+        return residual_TH.add_(made_TH if shared_TH is None else made_TH + shared_TH)[None], self.first + done + 1
 
     def _run(
         self,
@@ -111,9 +116,9 @@ class CompiledDecode:
         lane: LaneRun,
         shared_out_TP: Any,
         times_L5: Any,
-    ) -> tuple[int, bool]:
-        """How many layers ended as they should, and whether the one after them was asked."""
-        from cluster.serving._numba.decode_layers import ENDS, NOT_ASKED
+    ) -> tuple[int, int]:
+        """How many layers ended as they should, and how the one after them ended."""
+        from cluster.serving._numba.decode_layers import ENDS
 
         layer, shared, num_tokens = self._layers[0], self._shared, batch.num_tokens
         hidden_TH, residual_TH, mlp_in_TH, combined_TH = states_4TH.numpy()
@@ -135,13 +140,14 @@ class CompiledDecode:
             if threading.get_ident() != caller:
                 assert theirs is not None
                 self._compiled.help(
-                    *(theirs.fileno(), tickets, parts_P6, hidden_TH, residual_TH, mlp_in_TH),
+                    *(self._compiled.code, theirs.fileno(), tickets, parts_P6, hidden_TH, residual_TH, mlp_in_TH),
                     *(self._constants, *angles, slots_T, positions_T, work),
                 )
             elif result < 0:  # the helpers' work, where they wake late, is done with ours
                 try:
                     result = self._compiled.run(
-                        *(hidden_TH, residual_TH, mlp_in_TH, combined_TH, self._constants, work, *angles),
+                        *(self._compiled.code, hidden_TH, residual_TH, mlp_in_TH, combined_TH),
+                        *(self._constants, work, *angles),
                         *(parts_P6, slots_T, positions_T, tickets, -1 if ours is None else ours.fileno()),
                         *(num_helpers, *lane.arguments, experts, times_L5),
                     )
@@ -154,8 +160,7 @@ class CompiledDecode:
         finally:
             if theirs is not None:
                 theirs.close()
-        done, how = divmod(result, ENDS)
-        return done, how != NOT_ASKED
+        return divmod(result, ENDS)
 
 
 def _stacked(constants: Sequence[Any]) -> npt.NDArray[Any]:

@@ -30,6 +30,7 @@ class GroupedQueryLayer(CompiledLayer):
         from cluster.serving._numba.decode_layers import Attention
         from cluster.serving._numba.grouped_query_parts import GroupedQueryShape
         from cluster.serving._numba.grouped_query_prompt import compile_grouped_query_prompt
+        from experts.ops._numba.call import address_of
         from experts.ops._numba.vectors import PANEL
 
         attention = layer.self_attn
@@ -49,16 +50,18 @@ class GroupedQueryLayer(CompiledLayer):
         )
         kinds = into.kind, onto.kind
         work = ((into.num_columns,), (heads * head_dim,), (onto.num_columns,))
+        compiled = grouped_query.compile_grouped_query(shape, *kinds)
         super().__init__(
             layer,
             team,
             attention=Attention(
                 grouped_query.attend_rows(shape, *kinds),
-                ("grouped query", shape, kinds),
+                address_of(compiled),
+                ("grouped query", shape.kv_heads, head_dim),
                 grouped_query.CONSTANTS,
                 grouped_query.WORK,
             ),
-            compiled=grouped_query.compile_grouped_query(shape, *kinds),
+            compiled=compiled,
             constants=(
                 *(norms, epsilon, *(np.array(matrix.addresses())[:, None] for matrix in (into, onto))),
                 np.array([len(into.panels), len(onto.panels)]),

@@ -29,6 +29,7 @@ class LatentLayer(CompiledLayer):
         from cluster.serving._numba.decode_layers import Attention
         from cluster.serving._numba.latent_parts import LatentShape
         from cluster.serving._numba.latent_prompt import compile_latent_prompt
+        from experts.ops._numba.call import address_of
 
         attention = layer.self_attn
         heads, rank, rope_dim = attention.num_heads, attention.kv_lora_rank, attention.qk_rope_head_dim
@@ -65,16 +66,18 @@ class LatentLayer(CompiledLayer):
             (heads * value_dim,),
             (onto.num_columns,),
         )
+        compiled = compiled_latent.compile_latent(shape, kinds)
         super().__init__(
             layer,
             team,
             attention=Attention(
                 compiled_latent.attend_rows(shape, kinds),
-                ("latent", shape, kinds),
+                address_of(compiled),
+                ("latent", shape.row_dim),
                 compiled_latent.CONSTANTS,
                 compiled_latent.WORK,
             ),
-            compiled=compiled_latent.compile_latent(shape, kinds),
+            compiled=compiled,
             constants=(
                 *(query_norm.weight.numpy(), norm.weight.numpy()),
                 np.array([query_norm.variance_epsilon, norm.variance_epsilon], np.float32),

@@ -7,9 +7,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from numba import types
 
 from cluster.serving._numba.shared_work import hear, now, offer_tickets, take_ticket, tell
+from experts.ops._numba.call import address_of, caller_of
 from experts.ops._numba.expert_mlp import compile_expert_mlp
 from experts.ops._numba.object_cache import compiled, part
 from experts.ops._numba.packed_matmul import Kind
@@ -36,19 +38,25 @@ _SHARED = types.Tuple((_CUBE, _NUMBERS, _NUMBERS, _INTS, _FLOATS, _FLOATS, _FLOA
 
 
 class Attention(NamedTuple):
-    """A family's function for rows of a step, what tells it from others, and the types of its constants and work."""
+    """A family's function for rows of a step, what it calls, what tells it from others, and the types of its constants
+    and of what it works in."""
 
     attend: Callable[..., None]
+    address: int
     kind: tuple[Any, ...]
     constants: Any
     work: Any
 
 
 class DecodeLayers(NamedTuple):
-    """run: the thread that goes from layer to layer;  help: another, which takes parts of each layer's attention"""
+    """run: the thread that goes from layer to layer;  help: another, which takes parts of each layer's attention
+
+    code: int64 [4], addresses of what they call: attention, gate and messages, shared experts, adding
+    """
 
     run: Callable[..., int]
     help: Callable[..., None]
+    code: npt.NDArray[np.int64]
 
 
 @cache
@@ -57,7 +65,7 @@ def compile_decode_layers(attention: Attention, gate: GateKind, shared: tuple[st
 
     shared: formats of the shared experts' matrices, None where there are none
 
-    Arguments of `run`, for T rows with one new token each and L layers:
+    Arguments of `run`, after `code`, for T rows with one new token each and L layers:
         hidden        float32 [T, H], in and out
         residual, mlp_in, combined  float32 [T, H], to work in; where a layer does not end as it should, its attention
                       with the residual, the norm of that, and nothing
@@ -80,15 +88,20 @@ def compile_decode_layers(attention: Attention, gate: GateKind, shared: tuple[st
                       experts, and had its answers; on the monotonic clock
     Returns ENDS * (layers that ended as they should) + how the one after them ended: SUMMED where there is none.
     """
-    attend = attention.attend
-    ask_groups, add_answers = compile_ask_groups(*gate), compile_add_answers()
-    variant = (attention.kind, gate, shared)
-    has_shared = shared is not None
+    attend, has_shared = attention.attend, shared is not None
     up_format, down_format = shared or ("float32", "float32")
-    compute_shared = compile_expert_mlp("silu", gated=True, biased=False, up_format=up_format, down_format=down_format)
+    called = (
+        compile_ask_groups(*gate),
+        compile_expert_mlp("silu", gated=True, biased=False, up_format=up_format, down_format=down_format),
+        compile_add_answers(),
+    )
+    ask_groups, compute_shared, add_answers = map(caller_of, called)
+    variant = (attention.kind, has_shared, WIRE_SOURCES, ROUTER_SOURCES)
 
     @part(variant)
-    def take_parts(tickets, socket, parts, hidden, residual, mlp_in, constants, cos, sin, slots, positions, work):  # type: ignore[no-untyped-def]
+    def take_parts(  # type: ignore[no-untyped-def]
+        address, tickets, socket, parts, hidden, residual, mlp_in, constants, cos, sin, slots, positions, work
+    ):
         taken = 0
         while True:
             ticket = take_ticket(tickets.ctypes.data)
@@ -96,12 +109,13 @@ def compile_decode_layers(attention: Attention, gate: GateKind, shared: tuple[st
             if at >= len(parts):
                 return taken
             rows, caches = slice(parts[at, 0], parts[at, 1]), parts[at, 2:]
-            attend(number, rows, hidden, residual, mlp_in, constants, cos, sin, caches, slots, positions, work)
+            attend(address, number, rows, hidden, residual, mlp_in, constants, cos, sin, caches, slots, positions, work)
             taken += 1
             if socket >= 0:
                 tell(socket)
 
     def help_decode(
+        code: Any,
         socket: Any,
         tickets: Any,
         parts: Any,
@@ -116,9 +130,26 @@ def compile_decode_layers(attention: Attention, gate: GateKind, shared: tuple[st
         work: Any,
     ) -> None:
         while hear(socket):
-            take_parts(*(tickets, socket, parts, hidden, residual, mlp_in, constants, cos, sin, slots, positions, work))
+            take_parts(
+                *(
+                    code[0],
+                    tickets,
+                    socket,
+                    parts,
+                    hidden,
+                    residual,
+                    mlp_in,
+                    constants,
+                    cos,
+                    sin,
+                    slots,
+                    positions,
+                    work,
+                )
+            )
 
     def decode_layers(
+        code: Any,
         hidden: Any,
         residual: Any,
         mlp_in: Any,
@@ -151,32 +182,35 @@ def compile_decode_layers(attention: Attention, gate: GateKind, shared: tuple[st
             for _ in range(num_helpers):
                 tell(helper)
             taken = take_parts(
-                *(tickets, -1, parts, hidden, residual, mlp_in, constants, cos, sin, slots, positions, work)
+                *(code[0], tickets, -1, parts, hidden, residual, mlp_in, constants, cos, sin, slots, positions, work)
             )
             for _ in range(len(parts) - taken):
                 hear(helper)
             times[number, 1] = now()
             call_id = lane[1][0] + number + 1
-            asked = ask_groups(
-                *(mlp_in, gates[0][number], gates[1][number], gates[2][number], gates[3][0], gates[4][number]),
-                *(gates[3][1], gates[3][2], gates[5][0], gates[5][1], chosen[0], chosen[1], chosen[2], chosen[3]),
-                *(slots_of[0][number], slots_of[1][number], slots_of[2][number], slots_of[3][number]),
-                *(split[0], split[1], split[2], split[3], split[4], shares[number], rows[number]),
-                *(lane[0], call_id, layers[number], lane[2]),
-            )
+            arguments = (
+                mlp_in, gates[0][number], gates[1][number], gates[2][number], gates[3][0], gates[4][number],
+                gates[3][1], gates[3][2], gates[5][0], gates[5][1], chosen[0], chosen[1], chosen[2], chosen[3],
+                slots_of[0][number], slots_of[1][number], slots_of[2][number], slots_of[3][number],
+                split[0], split[1], split[2], split[3], split[4], shares[number], rows[number],
+                lane[0], call_id, layers[number], lane[2],
+            )  # fmt: skip
+            asked = ask_groups(code[1], arguments)
             times[number, 2] = now()
             if not asked:
                 return number * ENDS + NOT_ASKED
             if has_shared:
-                compute_shared(
-                    *(experts[0][number], experts[1], experts[2], mlp_in, experts[3], _NO_LIMIT, _NO_SHIFT),
-                    *(experts[4], experts[5], experts[6], experts[7]),
-                )
+                of_shared = (
+                    experts[0][number], experts[1], experts[2], mlp_in, experts[3], _NO_LIMIT, _NO_SHIFT,
+                    experts[4], experts[5], experts[6], experts[7],
+                )  # fmt: skip
+                compute_shared(code[2], of_shared)
             times[number, 3] = now()
             lane[4][:] = 0
-            ended = add_answers(
-                lane[0], call_id, shares[number], split[4], lane[4], lane[1][1], lane[2], lane[3], combined
-            )
+            answers = (
+                lane[0], call_id, shares[number], split[4], lane[4], lane[1][1], lane[2], lane[3], combined,
+            )  # fmt: skip
+            ended = add_answers(code[3], answers)
             times[number, 4] = now()
             if ended != SUMMED:
                 return number * ENDS + ended
@@ -190,14 +224,25 @@ def compile_decode_layers(attention: Attention, gate: GateKind, shared: tuple[st
 
     common = (_FLOATS, _FLOATS, _FLOATS)
     seen = attention.constants, _FLOATS, _FLOATS, _NUMBERS, _NUMBERS, attention.work
-    help_signature = types.void(types.int64, _NUMBERS, _WIDES, *common, *seen)
+    help_signature = types.void(_NUMBERS, types.int64, _NUMBERS, _WIDES, *common, *seen)
     run_signature = types.int64(
-        *(*common, _FLOATS, attention.constants, attention.work, _FLOATS, _FLOATS, _WIDES, _NUMBERS, _NUMBERS),
+        *(
+            _NUMBERS,
+            *common,
+            _FLOATS,
+            attention.constants,
+            attention.work,
+            _FLOATS,
+            _FLOATS,
+            _WIDES,
+            _NUMBERS,
+            _NUMBERS,
+        ),
         *(_NUMBERS, types.int64, types.int64, _NUMBERS, _GATES, _SLOTS, _CHOSEN, _SPLIT, _CUBE, _WIDES, _LANE, _SHARED),
         types.float64[:, ::1],
     )
-    variant += (WIRE_SOURCES, ROUTER_SOURCES)  # type: ignore[assignment]
     return DecodeLayers(
         compiled(decode_layers, run_signature, variant=variant),  # type: ignore[arg-type]
         compiled(help_decode, help_signature, variant=variant),
+        np.array([attention.address, *map(address_of, called)]),
     )

@@ -13,6 +13,7 @@ from numba import types
 from cluster.serving._numba.add_attention import add_attention
 from cluster.serving._numba.attend import attend
 from cluster.serving._numba.grouped_query_parts import GroupedQueryShape, read_tokens
+from experts.ops._numba.call import caller_of
 from experts.ops._numba.memory import memory
 from experts.ops._numba.object_cache import compiled, part
 from experts.ops._numba.packed_matmul import Kind
@@ -119,24 +120,27 @@ WORK = types.UniTuple(_MATRIX, 3)
 def attend_rows(shape: GroupedQueryShape, into: Kind, onto: Kind) -> Callable[..., None]:
     """One of several layers for some rows of a step, as a function for others to call; see `compile_decode_layers`.
 
-    constants: of `compile_grouped_query` from `layer_norms` to `scale`, each with a number for every layer (CONSTANTS)
+    address:   of what `compile_grouped_query` makes
+    constants: its arguments from `layer_norms` to `scale`, each with a number for every layer (CONSTANTS)
     caches:    addresses of the first layer's keys and values, how many slots there are, and C
     work:      what is to work in there, for all rows of the step (WORK)
     """
-    compute = compile_grouped_query(shape, into, onto)
+    call = caller_of(compile_grouped_query(shape, into, onto))
     kv_heads, head_dim = shape.kv_heads, shape.head_dim
 
-    @part((shape, into, onto))
-    def attend(number, rows, hidden, residual, mlp_in, constants, cos, sin, caches, slots, positions, work):  # type: ignore[no-untyped-def]
+    @part((kv_heads, head_dim))
+    def attend(address, number, rows, hidden, residual, mlp_in, constants, cos, sin, caches, slots, positions, work):  # type: ignore[no-untyped-def]
         layer = constants[7][number]
         size = (layer + 1, caches[2], kv_heads, caches[3], head_dim)
-        compute(
-            *(hidden[rows], residual[rows], mlp_in[rows], constants[0][number], constants[1][number]),
-            *(constants[2][number], constants[3][number], constants[4][number], constants[5][number]),
-            *(constants[6][number], layer, constants[8][number], constants[9][number], cos[rows], sin[rows]),
-            *(numba.carray(memory(caches[0]), size, np.float32), numba.carray(memory(caches[1]), size, np.float32)),
-            *(slots[rows], positions[rows], work[0][rows], work[1][rows], work[2][rows], 0),
-        )
+        arguments = (
+            hidden[rows], residual[rows], mlp_in[rows], constants[0][number], constants[1][number],
+            constants[2][number], constants[3][number], constants[4][number], constants[5][number],
+            constants[6][number], layer, constants[8][number], constants[9][number], cos[rows], sin[rows],
+            numba.carray(memory(caches[0]), size, np.float32),
+            numba.carray(memory(caches[1]), size, np.float32), slots[rows], positions[rows], work[0][rows],
+            work[1][rows], work[2][rows], 0,
+        )  # fmt: skip
+        call(address, arguments)
 
     function: Callable[..., None] = attend
     return function

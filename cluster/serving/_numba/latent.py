@@ -14,6 +14,7 @@ from cluster.serving._numba.add_attention import add_attention
 from cluster.serving._numba.attend import attend
 from cluster.serving._numba.latent_parts import LatentShape, read_tokens
 from cluster.serving._numba.norm_and_rope import rotate
+from experts.ops._numba.call import caller_of
 from experts.ops._numba.memory import memory
 from experts.ops._numba.object_cache import compiled, part
 from experts.ops._numba.packed_matmul import Kind, compile_matmul
@@ -141,23 +142,25 @@ WORK = types.Tuple((*[_MATRIX] * 4, _CUBE, _CUBE))
 def attend_rows(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callable[..., None]:
     """One of several layers for some rows of a step, as a function for others to call; see `compile_decode_layers`.
 
-    constants: of `compile_latent` from `layer_norms` to `scale`, each with a number for every layer (CONSTANTS)
+    address:   of what `compile_latent` makes
+    constants: its arguments from `layer_norms` to `scale`, each with a number for every layer (CONSTANTS)
     caches:    address of the first layer's latents, nothing, how many slots there are, and C
     work:      what is to work in there, for all rows of the step (WORK)
     """
-    compute, row_dim = compile_latent(shape, kinds), shape.row_dim
+    call, row_dim = caller_of(compile_latent(shape, kinds)), shape.row_dim
 
-    @part((shape, kinds))
-    def attend(number, rows, hidden, residual, mlp_in, constants, cos, sin, caches, slots, positions, work):  # type: ignore[no-untyped-def]
+    @part((row_dim,))
+    def attend(address, number, rows, hidden, residual, mlp_in, constants, cos, sin, caches, slots, positions, work):  # type: ignore[no-untyped-def]
         layer = constants[7][number]
         size = (layer + 1, caches[2], 1, caches[3], row_dim)
-        compute(
-            *(hidden[rows], residual[rows], mlp_in[rows], constants[0][number], constants[1][number]),
-            *(constants[2][number], constants[3][number], constants[4][number], constants[5][number]),
-            *(constants[6][number], layer, constants[8][number], cos[rows], sin[rows]),
-            *(numba.carray(memory(caches[0]), size, np.float32), slots[rows], positions[rows]),
-            *(work[0][rows], work[1][rows], work[2][rows], work[3][rows], work[4][rows], work[5][rows], 0),
-        )
+        arguments = (
+            hidden[rows], residual[rows], mlp_in[rows], constants[0][number], constants[1][number],
+            constants[2][number], constants[3][number], constants[4][number], constants[5][number],
+            constants[6][number], layer, constants[8][number], cos[rows], sin[rows],
+            numba.carray(memory(caches[0]), size, np.float32), slots[rows], positions[rows], work[0][rows],
+            work[1][rows], work[2][rows], work[3][rows], work[4][rows], work[5][rows], 0,
+        )  # fmt: skip
+        call(address, arguments)
 
     function: Callable[..., None] = attend
     return function
