@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from experts.ops.cpu_threads import ThreadTeam
+from experts.ops.huge_memory import huge_empty
 
 # Reading a matrix takes about as long as multiplying so many rows with it.
 ROWS_A_READ = 8
@@ -111,7 +112,7 @@ def pack_matrix(
         held = PAIRS
         panels_PIL = _beside_each_other(panels_PIL, pair_matmul.INPUTS)
     matrix = PackedMatrix(
-        panels=panels_PIL.contiguous(),
+        panels=huge_empty(tuple(panels_PIL.shape), panels_PIL.dtype).copy_(panels_PIL),
         format=held,
         num_outputs=num_outputs,
         scale_PL=None if scale_O is None else F.pad(scale_O.float(), (0, padding)).view(-1, PANEL),
