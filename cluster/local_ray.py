@@ -41,8 +41,7 @@ def start_local_ray() -> None:
         }
         for name, value in (settings | own_haproxy(directory)).items():
             os.environ.setdefault(name, value)
-    # Weights on huge pages, in every process that Ray starts: streaming them over small pages pushes the code's own
-    # address translations out, a tenth of a decode step on a CPU.
+    # Keys and values on huge pages, as packed weights are (`experts.ops.huge_memory`), in every process that Ray starts.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     # OpenMP's threads would keep their cores busy for milliseconds after a prompt's attention, when experts want them.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
