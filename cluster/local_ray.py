@@ -41,7 +41,7 @@ def start_local_ray() -> None:
         }
         for name, value in (settings | own_haproxy(directory)).items():
             os.environ.setdefault(name, value)
-    # Keys and values on huge pages, as packed weights are (`experts.ops.huge_memory`), in every process that Ray starts.
+    # Keys and values on huge pages in every process that Ray starts, as packed weights are anyway.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     # OpenMP's threads would keep their cores busy for milliseconds after a prompt's attention, when experts want them.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -19,6 +19,7 @@ HEAD_BYTES = 64
 _MOST_STEPS = np.float32(127 << 8)
 # Rows of nothing above so many steps are zeros.
 _LEAST_STEP = np.float32(1e-36)
+_ZERO, _HALF = np.float32(0), np.float32(0.5)
 
 
 @part((), fastmath=SUMS, error_model="numpy")
@@ -40,4 +41,4 @@ def write_step(row: Any, inputs: Any, head: Any) -> Any:
 def whole_steps(value: Any, steps: Any) -> Any:
     """A value in steps, rounded."""
     scaled = value * steps
-    return np.int32(scaled + (np.float32(0.5) if scaled > 0 else np.float32(-0.5)))
+    return np.int32(scaled + (_HALF if scaled > _ZERO else -_HALF))
