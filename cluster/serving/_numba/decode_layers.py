@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from cluster.serving._numba.shared_work import hear, now, offer_tickets, take_ticket, tell
+from cluster.serving._numba.shared_work import hear, now, tell
 from experts.ops._numba.call import address_of, caller_of
 from experts.ops._numba.expert_mlp import compile_expert_mlp
 from experts.ops._numba.object_cache import compiled, part
 from experts.ops._numba.packed_matmul import Kind
+from experts.ops._numba.tickets import offer_tickets, take_ticket
 from experts.wire._numba import SOURCES as WIRE_SOURCES
 from experts.wire._numba.add_answers import SUMMED, compile_add_answers
 from router_service._numba import SOURCES as ROUTER_SOURCES

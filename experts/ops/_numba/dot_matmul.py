@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 from experts.ops._numba.memory import memory
 from experts.ops._numba.object_cache import SUMS, compiled, part
 from experts.ops._numba.row_steps import HEAD_BYTES, whole_steps, write_step
-from experts.ops._numba.tiles import even_tile
+from experts.ops._numba.tiles import emit_versions, even_tile
 from experts.ops._numba.vectors import FLOAT, I32, I64, INT, PANEL, VECTOR_BYTES, VECTORS, Emitter, same
 
 INPUTS = 4
@@ -116,15 +116,7 @@ def _tile(biased: bool) -> Any:
         out_bytes: Any,
     ) -> Any:
         def codegen(_: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> None:
-            done = builder.append_basic_block("done")
-            versions = builder.switch(values[0], done)
-            for rows in range(1, _TILE_ROWS + 1):
-                version = builder.append_basic_block(f"rows_{rows}")
-                versions.add_case(ir.Constant(I64, rows), version)
-                builder.position_at_end(version)
-                _Tile(builder, biased, rows).emit(*values[1:])
-                builder.branch(done)
-            builder.position_at_end(done)
+            emit_versions(builder, values[0], _TILE_ROWS, lambda rows: _Tile(builder, biased, rows).emit(*values[1:]))
 
         return types.void(*[types.int64] * 9), codegen
 

@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 from experts.ops._numba.dot_matmul import compile_dot_matmul
 from experts.ops._numba.object_cache import compiled
 from experts.ops._numba.pair_matmul import compile_pair_matmul
-from experts.ops._numba.tiles import even_tile
+from experts.ops._numba.tiles import emit_versions, even_tile
 from experts.ops._numba.vectors import FLOAT, I8, I64, INT, LANES, PANEL, VECTOR_BYTES, VECTORS, Emitter, same
 from experts.ops.packed_matmul import DOTS, PAIRS
 
@@ -139,15 +139,9 @@ def _tile(kind: _Format, biased: bool) -> Any:
         out_bytes: Any,
     ) -> Any:
         def codegen(_: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> None:
-            done = builder.append_basic_block("done")
-            versions = builder.switch(values[0], done)
-            for rows in range(1, TILE_ROWS + 1):
-                version = builder.append_basic_block(f"rows_{rows}")
-                versions.add_case(ir.Constant(I64, rows), version)
-                builder.position_at_end(version)
-                _Tile(builder, kind, biased, rows).emit(*values[1:])
-                builder.branch(done)
-            builder.position_at_end(done)
+            emit_versions(
+                builder, values[0], TILE_ROWS, lambda rows: _Tile(builder, kind, biased, rows).emit(*values[1:])
+            )
 
         flags = types.boolean, types.boolean
         return types.void(types.int64, *flags, *[types.int64] * 8), codegen

@@ -16,8 +16,8 @@ LENGTH_BYTES = 4
 """Of what is before each message, little-endian."""
 
 _poll = types.ExternalFunction("poll", types.int32(types.intp, types.uint64, types.int32))
-_recv = types.ExternalFunction("recv", types.intp(types.int32, types.intp, types.uint64, types.int32))
-_send = types.ExternalFunction("send", types.intp(types.int32, types.intp, types.uint64, types.int32))
+recv = types.ExternalFunction("recv", types.intp(types.int32, types.intp, types.uint64, types.int32))
+send = types.ExternalFunction("send", types.intp(types.int32, types.intp, types.uint64, types.int32))
 _POLLIN = 1
 # Neither wait for room nor raise a signal.
 _AT_ONCE = 0x40 | 0x4000
@@ -28,7 +28,7 @@ def send_framed(socket: Any, framed: Any, size: Any) -> Any:
     """Write a message of `size` bytes, which `framed` has from LENGTH_BYTES on, at once; False where it cannot be."""
     for i in range(LENGTH_BYTES):
         framed[i] = size >> (8 * i) & 0xFF
-    return _send(socket, framed.ctypes.data, LENGTH_BYTES + size, _AT_ONCE) == LENGTH_BYTES + size
+    return send(socket, framed.ctypes.data, LENGTH_BYTES + size, _AT_ONCE) == LENGTH_BYTES + size
 
 
 @part(())
@@ -51,7 +51,7 @@ def receive_framed(socket: Any, framed: Any, have: Any, wait_ms: Any) -> Any:
         ready = _poll(wanted.ctypes.data, 1, wait_ms)
         if ready == 0:
             return have, np.int64(0)
-        count = _recv(socket, framed.ctypes.data + have, len(framed) - have, 0) if ready > 0 else np.int64(-1)
+        count = recv(socket, framed.ctypes.data + have, len(framed) - have, 0) if ready > 0 else np.int64(-1)
         if count < 1:
             return have, np.int64(-1)
         have += count
