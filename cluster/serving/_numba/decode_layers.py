@@ -69,7 +69,7 @@ def compile_decode_layers(attention: Attention, gate: GateKind, shared: tuple[st
     Arguments of `run`, after `code`, for T rows with one new token each and L layers:
         hidden        float32 [T, H], in and out
         residual, mlp_in, combined  float32 [T, H], to work in; where a layer does not end as it should, its attention
-                      with the residual, the norm of that, and nothing
+                      with the residual, the norm of that, and what is there of its answers' sum
         constants, work   see the family's `attend_rows`;  cos, sin  float32 [T, D]
         parts         int64 [P, 6]: first row of a part of the step, the row after its last, and its caches
         slots, positions  int64 [T]
