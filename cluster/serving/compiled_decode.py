@@ -1,7 +1,7 @@
 """Decode steps on the CPU: all MoE layers as one compiled call, experts included, where groups are on this machine.
 
-Between two layers a core's caches are full of weights: the Python that leads from one to the next is a fifth of a step
-of one stream. What is no ordinary step, and what does not go its ordinary way, is left to the layers one by one.
+Between two layers a core's caches are full of weights: the Python that leads from one to the next takes longer than it
+looks. What is no ordinary step, and what does not go its ordinary way, is left to the layers one by one.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ _used = 0
 def huge_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A CPU tensor of whatever numbers, in huge pages where the system gives any.
 
-    Over small pages, reading weights at the memory's rate takes every tenth cycle or more to find where they lie, in a
-    virtual machine twice over. Tensors share mappings: what one of them leaves is free when all others have gone.
+    Over small pages, whoever reads weights at the memory's rate waits to learn where the next ones lie, in a virtual
+    machine twice over. Tensors share mappings: what one of them leaves is free when all others have gone.
     """
     global _current, _used
     size = math.prod(shape) * dtype.itemsize
