@@ -117,7 +117,7 @@ class CompiledDecode:
         shared_out_TP: Any,
         times_L5: Any,
     ) -> tuple[int, int]:
-        """How many layers ended as they should, and how the one after them ended."""
+        """How many layers ended as they should, and how the one after them ended; raises what a helper raised."""
         from cluster.serving._numba.decode_layers import ENDS
 
         layer, shared, num_tokens = self._layers[0], self._shared, batch.num_tokens
@@ -139,10 +139,14 @@ class CompiledDecode:
             nonlocal result
             if threading.get_ident() != caller:
                 assert theirs is not None
-                self._compiled.help(
-                    *(self._compiled.code, theirs.fileno(), tickets, parts_P6, hidden_TH, residual_TH, mlp_in_TH),
-                    *(self._constants, *angles, slots_T, positions_T, work),
-                )
+                try:
+                    self._compiled.help(
+                        *(self._compiled.code, theirs.fileno(), tickets, parts_P6, hidden_TH, residual_TH, mlp_in_TH),
+                        *(self._constants, *angles, slots_T, positions_T, work),
+                    )
+                except BaseException:
+                    theirs.shutdown(socket.SHUT_RDWR)  # the caller waits for this one, the others for the caller
+                    raise
             elif result < 0:  # the helpers' work, where they wake late, is done with ours
                 try:
                     result = self._compiled.run(
@@ -158,8 +162,8 @@ class CompiledDecode:
         try:
             self._team.run(work_along, num_helpers + 1)
         finally:
-            if theirs is not None:
-                theirs.close()
+            for end in filter(None, (ours, theirs)):
+                end.close()
         return divmod(result, ENDS)
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from cluster.serving._numba.decode_layers import Attention
 
 _Numbers = npt.NDArray[np.int64]
-# Rows of a step from which a second thread is worth waking.
-_SHARED_ROWS = 4
+# Rows of a step that are worth another thread's waking.
+_ROWS_A_THREAD = 2
 # Rows that the caller is done with before the others are awake, but not more than so large a part of all.
 _ROWS_AHEAD, _ROWS_A_ROW_AHEAD = 2, 8
 # Tokens that are worth a cut of their own: each reads the layer's weights anew.
@@ -213,7 +213,7 @@ class CompiledLayer(nn.Module, ABC):
 
     def _decoding(self, batch: AttentionBatch) -> Iterator[_Part]:
         for group in batch.decode_groups:
-            shares = self._team.num_threads if group.num_rows >= _SHARED_ROWS else 1
+            shares = max(1, min(self._team.num_threads, group.num_rows // _ROWS_A_THREAD))
             ahead = min(_ROWS_AHEAD, group.num_rows // _ROWS_A_ROW_AHEAD) if shares > 1 else 0
             ends = [0, *(ahead + (group.num_rows - ahead) * share // shares for share in range(1, shares + 1))]
             for first, last in itertools.pairwise(ends):

@@ -22,9 +22,9 @@ from router_service._numba import SOURCES as ROUTER_SOURCES
 from router_service._numba.ask_groups import compile_ask_groups
 
 GateKind = tuple[Kind, str, str, str | None, float]
-NOT_ASKED = 3
-"""Besides how adding ended: a socket did not take its message."""
-ENDS = 4
+NOT_ASKED, DESERTED = 3, 4
+"""Besides how adding ended: a socket did not take its message; a helper ended before its part of the attention did."""
+ENDS = 5
 """Ways in which a layer may end, SUMMED among them."""
 _NO_LIMIT, _NO_SHIFT = np.float32(np.inf), np.float32(0)
 _INTS, _WIDES, _NUMBERS = types.int32[::1], types.int64[:, ::1], types.int64[::1]
@@ -186,7 +186,8 @@ def compile_decode_layers(attention: Attention, gate: GateKind, shared: tuple[st
                 *(code[0], tickets, -1, parts, hidden, residual, mlp_in, constants, cos, sin, slots, positions, work)
             )
             for _ in range(len(parts) - taken):
-                hear(helper)
+                if not hear(helper):
+                    return number * ENDS + DESERTED
             times[number, 1] = now()
             call_id = lane[1][0] + number + 1
             arguments = (

@@ -89,7 +89,10 @@ def compile_grouped_query(shape: GroupedQueryShape, into: Kind, onto: Kind) -> C
         if half == 1:
             return
         num_rows = hidden.shape[0]
-        scores = np.empty((group, positions.max() + 1), np.float32)
+        longest = 0
+        for row in range(num_rows):
+            longest = max(longest, positions[row] + 1)
+        scores = np.empty((group, longest), np.float32)
         for row in range(num_rows):
             slot, end = slots[row], positions[row] + 1
             begin = max(0, end - window)

@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from cluster.serving._numba.norm_and_rope import normalise, normalise_rows, rotate
+from cluster.serving._numba.norm_and_rope import copy_values, normalise, normalise_rows, rotate
 from experts.ops._numba.object_cache import part
 from experts.ops._numba.packed_matmul import Kind, compile_matmul
 
@@ -64,8 +64,8 @@ def read_tokens(shape: GroupedQueryShape, into_kind: Kind) -> Callable[..., None
                     normalise(parts[head], head_norms[0 if head < heads else 1], epsilon)
                 rotate_one(parts[head], cos[row], sin[row], parts[head])
             for head in range(kv_heads):
-                keys[layer, slot, head, position] = parts[heads + head]
-                values[layer, slot, head, position] = parts[heads + kv_heads + head]
+                copy_values(parts[heads + head], keys[layer, slot, head, position])
+                copy_values(parts[heads + kv_heads + head], values[layer, slot, head, position])
 
     compiled: Callable[..., None] = read
     return compiled

@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from cluster.serving._numba.norm_and_rope import Rope, normalise, normalise_rows, rotate
+from cluster.serving._numba.norm_and_rope import Rope, copy_values, normalise, normalise_rows, rotate
 from experts.ops._numba.object_cache import part
 from experts.ops._numba.packed_matmul import Kind, compile_matmul
 
@@ -85,7 +85,7 @@ def read_tokens(shape: LatentShape, into_kind: Kind, from_latents_kind: Kind) ->
             )
         for row in range(num_rows):
             new = latents[layer, slots[row], 0, positions[row]]
-            new[:rank] = projected[row, before : before + rank]
+            copy_values(projected[row, before : before + rank], new)
             normalise(new[:rank], latent_norm, epsilons[1])
             rotate_one(projected[row, before + rank : before + row_dim], cos[row], sin[row], new[rank:])
 

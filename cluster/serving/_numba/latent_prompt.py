@@ -13,7 +13,7 @@ from cluster.serving._numba.add_attention import add_attention
 from cluster.serving._numba.attend_block import BLOCK, attend_block, pack_key, pack_value, whole_panels
 from cluster.serving._numba.latent import COMMON
 from cluster.serving._numba.latent_parts import LatentShape, read_tokens
-from cluster.serving._numba.norm_and_rope import rotate
+from cluster.serving._numba.norm_and_rope import copy_values, rotate
 from experts.ops._numba.object_cache import compiled
 from experts.ops._numba.packed_matmul import Kind, compile_matmul
 from experts.ops._numba.vectors import PANEL
@@ -95,7 +95,7 @@ def compile_latent_prompt(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callab
                 count = rows.stop - first
                 for number in range(count):
                     query = queries[first + number, first_query : first_query + query_dim]
-                    block[number, :nope] = query[:nope]
+                    copy_values(query[:nope], block[number])
                     rotate_one(query[nope:], cos[first + number], sin[first + number], block[number, nope:])
                 attend(
                     *(block[:count], positions[first], end, key_panels, value_panels, scale),

@@ -26,11 +26,17 @@ def normalise(values, weight, epsilon):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
+def copy_values(values, out):  # type: ignore[no-untyped-def]
+    """Float32 [N] into the first of `out`: an assignment to a slice brings its error's text, seconds to compile."""
+    for i in range(len(values)):
+        out[i] = values[i]
+
+
+@njit(nogil=True)
 def normalise_rows(rows, weight, epsilon, out):  # type: ignore[no-untyped-def]
     """`normalise` of every row: float32 [T, N] into [T, N]."""
     for row in range(rows.shape[0]):
-        for i in range(len(weight)):
-            out[row, i] = rows[row, i]
+        copy_values(rows[row], out[row])
         normalise(out[row], weight, epsilon)
 
 

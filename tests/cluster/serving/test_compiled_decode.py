@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -208,15 +209,46 @@ def test_logits_and_counters_are_those_of_the_layers_one_by_one(
     assert 0 < mesh.router.counters.latency_s - latency_s < 60
 
 
-@pytest.mark.parametrize("num_threads", [1, 3, 5])
-def test_threads_change_nothing(num_threads: int, make_mesh: Callable[..., Mesh], ran: Ran) -> None:
-    lengths = (30, 31, 1, 2, 90, 300, 7, 8, 9, 10, 11)
-    alone, together = make_mesh("deepseek_v3", 2), make_mesh("deepseek_v3", num_threads)
-    steps = alone.decode_step(lengths), together.decode_step(lengths)
-    expected = alone.run(steps[0])
-    for _ in range(20):
-        assert torch.equal(together.run(steps[1]), expected)
-    assert ran[2:] == [alone.skeleton.model.config.num_hidden_layers] * 21  # prompts before that were no such steps
+@pytest.mark.parametrize("num_threads", [1, 3, 12])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_threads_change_nothing(family: str, num_threads: int, make_mesh: Callable[..., Mesh], ran: Ran) -> None:
+    alone, together = make_mesh(family, 2), make_mesh(family, num_threads)
+    for lengths in (4, 5, 6, 7), (30, 31, 1, 2, 90, 300, 7, 8, 9, 10, 11):
+        steps = alone.decode_step(lengths), together.decode_step(lengths)
+        expected = alone.run(steps[0])
+        ran.clear()
+        for _ in range(10):
+            assert torch.equal(together.run(steps[1]), expected)
+            assert torch.equal(together.one_by_one(steps[1]), expected)
+        assert ran == [alone.skeleton.model.config.num_hidden_layers] * 10
+
+
+@pytest.mark.parametrize("took", [0, 1])
+def test_a_helper_that_fails_fails_the_step(
+    took: int, make_mesh: Callable[..., Mesh], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = make_mesh("mixtral", 3)
+    step = mesh.decode_step((9, 70, 3, 4, 5, 6))
+    expected = mesh.run(step)
+    decode = mesh.skeleton._decode
+    assert decode is not None
+    compiled, helping = decode._compiled, threading.Event()
+
+    def run(*arguments: Any) -> int:
+        assert helping.wait(60)
+        return compiled.run(*arguments)
+
+    def fail(_: Any, socket: int, tickets: Any, *rest: Any) -> None:
+        helping.set()
+        os.read(socket, 1)
+        tickets[0] += took
+        raise MemoryError("no memory for scores")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "_compiled", compiled._replace(run=run, help=fail))
+        with pytest.raises(MemoryError, match="no memory for scores"):
+            mesh.run(step)
+    assert torch.equal(mesh.run(step), expected)
 
 
 def test_what_is_no_decode_step_is_left_to_the_layers(make_mesh: Callable[..., Mesh], ran: Ran) -> None:
