@@ -47,17 +47,16 @@ class Failover:
         self._timeout_s = recovery_timeout_s
         self._mode = on_expert_loss
 
-    def send_each(self, flight: NodeFlight, hidden_TH: torch.Tensor, until: float) -> tuple[Flight, ...]:
+    def send_each(self, flight: NodeFlight, hidden_TH: torch.Tensor, until: float) -> NodeFlight:
         """Send a node's parts one by one, its shared message having failed; whoever is lost then shows."""
         view = self._board.view
         assert view is not None, "a part was planned, so there was a table"
         assert flight.node_part is not None
         with self._counters.lock:
             self._counters.failovers += 1
-        return tuple(
-            self._sender.send(view, part, flight.version, hidden_TH, seconds_to(until))
-            for part in flight.node_part.parts
-        )
+        parts = flight.node_part.parts
+        flights = self._sender.send_each(view, parts, flight.version, hidden_TH, seconds_to(until))
+        return NodeFlight(version=flight.version, flights=flights)
 
     def recover(
         self,
@@ -86,24 +85,24 @@ class Failover:
                 group for group, version in stale.items() if version >= view.table.version
             }
             pieces = [piece for part in todo for piece in self._pieces(view, part, avoid, len(hidden_TH))]
-            flights = [
-                self._sender.send(view, piece, view.table.version, hidden_TH, seconds_to(until))
-                for piece in pieces
-                if piece.group not in avoid
-            ]
+            reachable = [piece for piece in pieces if piece.group not in avoid]
+            flights = self._sender.send_each(view, reachable, view.table.version, hidden_TH, seconds_to(until))
             todo = [piece for piece in pieces if piece.group in avoid]
-            for sent in flights:
-                try:
-                    done.append((sent.part, self._sender.receive(sent, max(0.0, deadline - time.monotonic()))))
-                except ReplyAbandoned:
-                    for each in flights:
-                        each.settle()
-                    raise
-                except (TransportError, ExpertNotResident) as error:
-                    if isinstance(error, ExpertNotResident):
-                        stale[sent.part.group] = sent.version
-                    flight, failure = sent, error
-                    todo.append(sent.part)
+            try:
+                for sent in flights:
+                    try:
+                        done.append((sent.part, self._sender.receive(sent, max(0.0, deadline - time.monotonic()))))
+                    except ReplyAbandoned:
+                        raise
+                    except (TransportError, ExpertNotResident) as error:
+                        if isinstance(error, ExpertNotResident):
+                            stale[sent.part.group] = sent.version
+                        flight, failure = sent, error
+                        todo.append(sent.part)
+            except BaseException:
+                for each in flights:
+                    each.settle()
+                raise
             if flights or not todo:
                 continue
             if self._mode == "degrade":

@@ -65,7 +65,7 @@ class Pending:
             # One node: its sum is the whole.
             return self._sum_of(self._flights[0].flights).result(self._hidden_TH.dtype)
         combiner = self._combiner()
-        for flight in self._flights:
+        for flight in tuple(self._flights):
             combiner.add(*self._collect(flight))
         return combiner.result(self._hidden_TH.dtype)
 
@@ -84,7 +84,9 @@ class Pending:
             except ReplyAbandoned:
                 raise
             except (TransportError, ExpertNotResident):
-                flights = self._failover.send_each(flight, self._hidden_TH, self._until)
+                again = self._failover.send_each(flight, self._hidden_TH, self._until)
+                self._flights.append(again)  # which is for `cancel`
+                flights = again.flights
         if len(flights) == 1:
             (alone,) = flights
             try:

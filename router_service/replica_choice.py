@@ -39,7 +39,8 @@ class ReplicaChoice:
         with self._lock:
             if len(replicas) == 1 and not self._lost_at:
                 return replicas[0]
-            live = [replica for replica in replicas if self._alive(replica)]
+            self._try_again()
+            live = [replica for replica in replicas if replica.replica not in self._lost_at]
             chosen = min(live, key=self._load, default=None)
             if chosen is not None:
                 self._last_turn[chosen.replica] = next(self._turns)
@@ -55,10 +56,11 @@ class ReplicaChoice:
         if not self._lost_at:
             return view.missing
         with self._lock:
+            self._try_again()
             return frozenset(
                 group
                 for group, replicas in enumerate(view.replicas)
-                if not any(self._alive(replica) for replica in replicas)
+                if all(replica.replica in self._lost_at for replica in replicas)
             )
 
     def sent(self, replica: GroupReplica, rows: int) -> Callable[[], None]:
@@ -94,6 +96,8 @@ class ReplicaChoice:
     def _load(self, replica: GroupReplica) -> tuple[int, int]:
         return self._rows_in_flight.get(replica.replica, 0), self._last_turn.get(replica.replica, 0)
 
-    def _alive(self, replica: GroupReplica) -> bool:
-        lost_at = self._lost_at.get(replica.replica)
-        return lost_at is None or self._clock() - lost_at >= RETRY_S
+    def _try_again(self) -> None:
+        """Forget failures that are RETRY_S old; those of replicas that left the table, which come last, among them."""
+        if self._lost_at:
+            now = self._clock()
+            self._lost_at = {replica: at for replica, at in self._lost_at.items() if now - at < RETRY_S}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -68,7 +69,15 @@ class Sender:
         for part in parts:
             replica = self._replicas.choose(view, part.group)
             by_node.setdefault(replica.node if replica is not None else "", []).append((part, replica))
-        return [self._send_node(view, node, chosen, hidden_TH, timeout_s) for node, chosen in by_node.items()]
+        sent: list[NodeFlight] = []
+        try:
+            for node, chosen in by_node.items():
+                sent.append(self._send_node(view, node, chosen, hidden_TH, timeout_s))
+        except BaseException:
+            for flight in sent:
+                self.cancel(flight)
+            raise
+        return sent
 
     def _send_node(
         self,
@@ -83,8 +92,7 @@ class Sender:
         replicas = tuple(replica for _, replica in chosen if replica is not None)
         if self._node in (None, node) or len(replicas) < 2 or len(replicas) < len(chosen):
             self._counters.node(num_distinct_tokens(parts, len(hidden_TH)))
-            flights = tuple(self._fly(version, part, replica, hidden_TH, timeout_s) for part, replica in chosen)
-            return NodeFlight(version=version, flights=flights)
+            return NodeFlight(version=version, flights=self._fly_each(version, chosen, hidden_TH, timeout_s))
         node_part = bundle(parts, len(hidden_TH))
         self._counters.node(node_part.num_tokens)
         relay = self._replicas.least_loaded(replicas)
@@ -104,6 +112,10 @@ class Sender:
             reply: PendingReply | TransportError = self._transport.send_node(replicas, call, timeout_s)
         except TransportError as error:
             reply = error
+        except BaseException:
+            for settle in settles:
+                settle()
+            raise
         return NodeFlight(node_part=node_part, version=version, replicas=replicas, reply=reply, settles=settles)
 
     def receive_node(self, flight: NodeFlight, timeout_s: float) -> torch.Tensor:
@@ -122,25 +134,36 @@ class Sender:
         self._counters.received(partial_TH.nbytes)
         return partial_TH
 
-    def send(
-        self, view: TableView, part: GroupPart, version: int, hidden_TH: torch.Tensor, timeout_s: float | None
-    ) -> Flight:
-        """Start the call of a part planned with table `version`; never raises TransportError, `receive` does."""
-        return self._fly(version, part, self._replicas.choose(view, part.group), hidden_TH, timeout_s)
-
-    def _fly(
+    def send_each(
         self,
+        view: TableView,
+        parts: Sequence[GroupPart],
         version: int,
-        part: GroupPart,
-        replica: GroupReplica | None,
         hidden_TH: torch.Tensor,
         timeout_s: float | None,
-    ) -> Flight:
-        call = part.call(hidden_TH)
-        return self.start(
-            *(version, part, replica, len(call.hidden_TH), call.hidden_TH.nbytes),
-            lambda chosen: self._transport.send(chosen, call, timeout_s),
-        )
+    ) -> tuple[Flight, ...]:
+        """Start the calls of parts planned with table `version`; never raises TransportError, `receive` does."""
+        chosen = [(part, self._replicas.choose(view, part.group)) for part in parts]
+        return self._fly_each(version, chosen, hidden_TH, timeout_s)
+
+    def _fly_each(
+        self,
+        version: int,
+        chosen: Sequence[tuple[GroupPart, GroupReplica | None]],
+        hidden_TH: torch.Tensor,
+        timeout_s: float | None,
+    ) -> tuple[Flight, ...]:
+        flights: list[Flight] = []
+        try:
+            for part, replica in chosen:
+                call = part.call(hidden_TH)
+                send = partial(self._transport.send, call=call, timeout_s=timeout_s)
+                flights.append(self.start(version, part, replica, len(call.hidden_TH), call.hidden_TH.nbytes, send))
+        except BaseException:
+            for flight in flights:
+                flight.settle()
+            raise
+        return tuple(flights)
 
     def start(
         self,
@@ -162,6 +185,9 @@ class Sender:
             reply: PendingReply | TransportError = send(replica)
         except TransportError as error:
             reply = error
+        except BaseException:
+            settle()
+            raise
         return Flight(part=part, version=version, replica=replica, reply=reply, settle=settle)
 
     def receive(self, flight: Flight, timeout_s: float) -> torch.Tensor:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
+from queue import Empty, SimpleQueue
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +70,10 @@ class SmallBatches:
         self._lock = threading.Lock()
         self._view: TableView | None = None
         self._free: dict[Shape, list[Desk]] = {}
-        self._num_out = 0
+        # One for each batch that may go out. It takes them back from `__del__` too, at whatever place that comes.
+        self._places: SimpleQueue[None] = SimpleQueue()
+        for _ in range(_MOST_OUT):
+            self._places.put(None)
         self._try_again_at = 0.0
         compiled_add_answers()  # now, rather than in the first request
         for gate in gates.values():
@@ -115,11 +119,12 @@ class SmallBatches:
 
     def leave(self, desk: Desk, *, usable: bool) -> None:
         """A batch is over. usable: nothing is owed on its desk's lane any more"""
-        with self._lock:
-            self._num_out -= 1
-            usable = usable and desk.view is self._view
-            if usable:
-                self._free.setdefault(desk.shape, []).append(desk)
+        self._places.put(None)
+        if usable:
+            with self._lock:
+                usable = desk.view is self._view
+                if usable:
+                    self._free.setdefault(desk.shape, []).append(desk)
         if not usable:
             desk.lane.close()
 
@@ -146,24 +151,38 @@ class SmallBatches:
     def _desk(self, view: TableView, here: LayerBatches) -> Desk | None:
         if self._view is not view:
             self._use(view)
+        try:
+            self._places.get_nowait()
+        except Empty:
+            return None
+        desk = None
+        try:
+            desk = self._free_desk(view, here) or self._new_desk(view, here)
+        finally:
+            if desk is None:
+                self._places.put(None)
+        return desk
+
+    def _free_desk(self, view: TableView, here: LayerBatches) -> Desk | None:
         with self._lock:
-            if self._num_out >= _MOST_OUT:
-                return None
-            if free := self._free.get(here.shape):
-                self._num_out += 1
-                return free.pop()
+            free = self._free.get(here.shape) if self._view is view else None
+            return free.pop() if free else None
+
+    def _new_desk(self, view: TableView, here: LayerBatches) -> Desk | None:
         if time.monotonic() < self._try_again_at:
             return None
         lane = self._transport.lane([replica for (replica,) in view.replicas])
         if lane is None:
             self._try_again_at = time.monotonic() + _RETRY_S
             return None
-        with self._lock:
-            self._num_out += 1
         return Desk(lane, view, here)
 
     def _use(self, view: TableView | None) -> None:
+        """Keep desks of `view` from now on, unless it is older than what they are of; None: of no view at all."""
         with self._lock:
+            known = self._view
+            if view is not None and known is not None and view.table.version < known.table.version:
+                return
             old, self._free, self._view = self._free, {}, view
         for desks in old.values():
             for desk in desks:

@@ -75,14 +75,14 @@ class CompiledDecode:
         num_tokens, shared = batch.num_tokens, self._shared
         if batch.prefill_spans or connection.overlaps or not (shared is None or shared.takes(num_tokens)):
             return None
-        lane = self._router.run(self._numbers, hidden_1TH[0])
-        if lane is None:
-            return None
         # Hidden states before a layer; after its attention; what its MLP gets; what its experts make of that.
         states_4TH = torch.empty(4, *hidden_1TH.shape[1:])
         states_4TH[0] = hidden_1TH[0]
         shared_out_TP = np.empty((num_tokens, 0 if shared is None else shared.num_columns), np.float32)
         times_L5 = np.zeros((len(self._layers), 5))
+        lane = self._router.run(self._numbers, hidden_1TH[0])
+        if lane is None:
+            return None
         try:
             done, ended = self._run(states_4TH, rope, batch, lane, shared_out_TP, times_L5)
         except BaseException:

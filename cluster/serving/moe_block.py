@@ -153,7 +153,11 @@ class MoeBlock(nn.Module):
 
     def _forward(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         pending = self._connection.send(self.layer, hidden_TH)
-        shared_TH = None if self.shared_experts is None else self.shared_experts(hidden_TH)
+        try:
+            shared_TH = None if self.shared_experts is None else self.shared_experts(hidden_TH)
+        except BaseException:
+            pending.cancel()
+            raise
         combined_TH = self._connection.receive(pending)
         return combined_TH if shared_TH is None else combined_TH + shared_TH
 

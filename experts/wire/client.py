@@ -102,6 +102,10 @@ class _Connection:
         """Shared memory for a call, or None where the call is small or the peer elsewhere."""
         return self._segments.take(nbytes) if self._same_machine and nbytes >= SHARED_BYTES else None
 
+    def give_back(self, segment: Segment) -> None:
+        """No call uses it after all."""
+        self._segments.give_back(segment)
+
     def not_shared(self) -> None:
         """The peer is on another machine after all."""
         self._same_machine = False
@@ -239,7 +243,12 @@ class ExpertClient:
         segment = None
         if timeout_s is None:
             segment = connection.segment(segment_bytes(call.hidden_TH.numel(), hidden_dtype, reply_dtype))
-        message = encode_call(call, call_id, hidden_dtype=hidden_dtype, reply_dtype=reply_dtype, segment=segment)
+        try:
+            message = encode_call(call, call_id, hidden_dtype=hidden_dtype, reply_dtype=reply_dtype, segment=segment)
+        except BaseException:
+            if segment is not None:
+                connection.give_back(segment)
+            raise
         if timeout_s is not None:
             return connection.request(message, timeout_s)
         return connection.send(call_id, message, segment, lambda: self.send(name, address, call))

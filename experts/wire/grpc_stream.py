@@ -88,21 +88,12 @@ class GrpcStream(MessageStream):
                         for stream in self._windows:
                             self._windows[stream] -= size
                     if size:
-                        self._send_all(_frame_head(_DATA, 0, _STREAM, size), left[:size])
+                        self._send_all(_frame_head(_DATA, 0, _STREAM, size) + left[:size])
                 left = left[size:]
 
-    def _write(self, *pieces: bytes | memoryview) -> None:
+    def _write(self, *pieces: bytes) -> None:
         with self._one_write:
-            self._send_all(*pieces)
-
-    def _send_all(self, *pieces: bytes | memoryview) -> None:
-        """Call with `_one_write` held."""
-        try:
-            self._socket.sendall(b"".join(pieces))
-        except OSError as error:
-            self.close(f"UNAVAILABLE: {error}")
-        if self._error is not None:
-            raise self._error
+            self._send_all(b"".join(pieces))
 
     def _take(self) -> None:
         head = self._bytes(_FRAME_HEAD)

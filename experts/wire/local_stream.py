@@ -74,12 +74,7 @@ class LocalStream(MessageStream):
             with self._changed:
                 self._unanswered.append(size)
                 self._unanswered_bytes += size
-            try:
-                self._socket.sendall(framed)
-            except OSError as error:
-                self.close(f"UNAVAILABLE: {error}")
-            if self._error is not None:
-                raise self._error
+            self._send_all(framed)
 
     def _take(self) -> None:
         message = self._message()

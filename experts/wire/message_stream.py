@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+import struct
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -11,9 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 
 SEND_TIMEOUT_S = 60.0
-"""A peer that takes nothing for so long is given up."""
+"""A peer that takes nothing for so long is given up, and one that stops in the middle of a message."""
 
 _READ_BYTES = 64 * 1024
+_LATE = "DEADLINE_EXCEEDED: no reply within the deadline"
 
 
 class StreamClosed(Exception):
@@ -35,6 +37,8 @@ class MessageStream(ABC):
         self._reading = False
         self._one_message = threading.Lock()
         self._input = bytearray()
+        self._until: float | None = None  # for who reads
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(SEND_TIMEOUT_S), 0))
         self._poll = select.poll()
         self._poll.register(connected, select.POLLIN)
 
@@ -53,7 +57,7 @@ class MessageStream(ABC):
             unasked = not self._reading and self._error is None and self._has_input(0)
             self._reading |= unasked
         if unasked:
-            self._read(lambda: not self._has_input(0), None)
+            self._read(lambda: not self._has_input(0), time.monotonic() + SEND_TIMEOUT_S)
         return self._error is None
 
     def read_until(self, done: Callable[[], bool], timeout_s: float | None = None) -> None:
@@ -66,7 +70,7 @@ class MessageStream(ABC):
             with self._changed:
                 while self._reading and self._error is None and not done():
                     if not self._changed.wait(_left(until)) and not done():
-                        self._end("DEADLINE_EXCEEDED: no reply within the deadline")
+                        self._end(_LATE)
                 if done():
                     return
                 if self._error is not None:
@@ -90,6 +94,7 @@ class MessageStream(ABC):
 
     def _read(self, done: Callable[[], bool], until: float | None) -> None:
         """Read until `done()` or the end, as the one thread that reads; errors are left in `_error`."""
+        self._until = until
         try:
             while self._error is None and not done():
                 if self._has_input(_left(until)):
@@ -97,7 +102,7 @@ class MessageStream(ABC):
                     with self._changed:
                         self._changed.notify_all()  # it may be what another thread waits for
                 else:
-                    self.close("DEADLINE_EXCEEDED: no reply within the deadline")
+                    self.close(_LATE)
         except Exception as error:
             # Whatever it was, the stream cannot be followed any more.
             self.close(f"UNAVAILABLE: {error}" if isinstance(error, OSError) else str(error))
@@ -113,7 +118,21 @@ class MessageStream(ABC):
         self._changed.notify_all()
 
     def _has_input(self, timeout_s: float | None) -> bool:
-        return bool(self._input or self._poll.poll(None if timeout_s is None else timeout_s * 1e3))
+        return bool(self._input) or self._has_arrived(timeout_s)
+
+    def _has_arrived(self, timeout_s: float | None) -> bool:
+        return bool(self._poll.poll(None if timeout_s is None else timeout_s * 1e3))
+
+    def _send_all(self, message: bytes) -> None:
+        """Write all of it, one thread at a time. Raises StreamClosed."""
+        try:
+            self._socket.sendall(message)
+        except BlockingIOError:
+            self.close(f"DEADLINE_EXCEEDED: the peer took nothing for {SEND_TIMEOUT_S:g} s")
+        except OSError as error:
+            self.close(f"UNAVAILABLE: {error}")
+        if self._error is not None:
+            raise self._error
 
     def _bytes(self, size: int) -> bytearray:
         """The next `size` bytes."""
@@ -125,10 +144,16 @@ class MessageStream(ABC):
 
     def _receive_some(self, wanted: int = 0) -> bytes:
         """What has arrived, or the first of what will."""
-        received = self._socket.recv(max(_READ_BYTES, wanted))
-        if not received:
-            raise StreamClosed("UNAVAILABLE: the connection was closed by the peer")
-        return received
+        while True:
+            try:
+                received = self._socket.recv(max(_READ_BYTES, wanted), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if not self._has_arrived(_left(self._until)):
+                    raise StreamClosed(_LATE) from None
+                continue
+            if not received:
+                raise StreamClosed("UNAVAILABLE: the connection was closed by the peer")
+            return received
 
 
 def _left(until: float | None) -> float | None:

@@ -82,11 +82,14 @@ class SegmentPool:
         self._lock = threading.Lock()
         self._segments: dict[str, Segment] = {}
         self._free: dict[int, list[Segment]] = {}
+        self._closed = False
 
     def take(self, nbytes: int) -> Segment | None:
-        """A segment of `nbytes` or more that no call uses; None where the machine has no room for one."""
+        """A segment of `nbytes` or more that no call uses; None where the machine has no room for one, or closed."""
         size = max(_LEAST_BYTES, 1 << (nbytes - 1).bit_length())
         with self._lock:
+            if self._closed:
+                return None
             if free := self._free.get(size):
                 return free.pop()
             try:
@@ -112,6 +115,7 @@ class SegmentPool:
     def close(self) -> None:
         """Unlink all; the memory goes when nobody uses it."""
         with self._lock:
+            self._closed = True
             segments, self._segments, self._free = list(self._segments.values()), {}, {}
         for segment in segments:
             segment.unlink()

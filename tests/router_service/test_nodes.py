@@ -1,8 +1,11 @@
 """One copy per node: how the groups of another node share a message, and what happens when they fail."""
 
+import itertools
+
 import pytest
 import torch
 
+from experts.errors import GroupUnavailable
 from router_service.router import Router
 from router_service.transport.faulty import FaultyTransport
 
@@ -73,3 +76,33 @@ def test_a_stale_table_is_noticed_through_a_node(make_mesh, make_router):
     holders[16] = (0,)
     router.update(mesh.publish(holders={0: tuple(holders)}))
     torch.testing.assert_close(pending.result().double(), mesh.experts.reference(*batch), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("on_expert_loss", ["fail", "failover"])
+def test_nothing_is_owed_after_a_batch_that_failed(make_mesh, on_expert_loss):
+    mesh = make_mesh(num_experts=24, num_groups=6, nodes=NODES)
+    transport = FaultyTransport(mesh.transport)
+    router = Router(transport, {}, recovery_timeout_s=0.05, node="elsewhere", on_expert_loss=on_expert_loss)
+    router.update(mesh.table)
+    transport.kill(mesh.replica(3))
+    with pytest.raises(GroupUnavailable):
+        router.dispatch(0, *mesh.batch(60, top_k=6)).result()
+    assert router.replicas.rows_in_flight == 0
+
+
+@pytest.mark.parametrize(("name", "node"), [("send", None), ("send_node", "elsewhere")])
+def test_nothing_is_owed_where_sending_broke(make_mesh, monkeypatch, name, node):
+    mesh = make_mesh(num_experts=24, num_groups=6, nodes=NODES)
+    router = Router(mesh.transport, {}, recovery_timeout_s=5.0, node=node)
+    router.update(mesh.table)
+    send, times = getattr(mesh.transport, name), itertools.count()
+
+    def break_second(*arguments, **named):
+        if next(times) == 1:
+            raise MemoryError("broken")
+        return send(*arguments, **named)
+
+    monkeypatch.setattr(mesh.transport, name, break_second)
+    with pytest.raises(MemoryError):
+        router.dispatch(0, *mesh.batch(60, top_k=6))
+    assert router.replicas.rows_in_flight == 0

@@ -73,3 +73,12 @@ def test_a_lost_replica_is_left_out_for_a_while(choice, clock):
     assert choice.choose(view("a"), 0) is None
     clock.now += RETRY_S
     assert choice.choose(view("a"), 0) == replica("a")
+
+
+def test_a_failure_is_forgotten_though_it_came_after_the_replica_had_left(choice, clock):
+    choice.forget((replica("gone"),))
+    choice.lost(replica("gone"))
+    assert choice.unreachable(view("a")) == frozenset()
+    clock.now += RETRY_S
+    assert choice.choose(view("a"), 0) == replica("a")
+    assert not choice._lost_at  # which would keep every later choice from being quick

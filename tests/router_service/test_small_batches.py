@@ -199,6 +199,22 @@ def test_a_lane_lasts_until_something_is_out_of_the_ordinary(small_batches):
     assert answered(3, 1)
 
 
+def test_a_lane_is_for_batches_of_its_own_table(small_batches):
+    gate, hidden_TH = gate_of(SPECS["mixtral"]), torch.randn(2, HIDDEN)
+    small, _ = small_batches({3: gate})
+    old, new = TableView(table_of(8, 1)), TableView(dataclasses.replace(table_of(8, 1), version=2))
+    free = small.run(new, (3,), hidden_TH)
+    free.end(2, [0.0])
+    # A thread that had the older table when it was replaced comes late.
+    late = small.run(old, (3,), hidden_TH)
+    assert late._desk is not free._desk
+    again = small.run(new, (3,), hidden_TH)
+    assert again._desk is free._desk
+    again.end(2, [0.0])
+    late.end(2, [0.0])
+    assert small.run(new, (3,), hidden_TH)._desk is free._desk
+
+
 def test_only_so_many_are_out_at_a_time(monkeypatch, small_batches):
     monkeypatch.setattr("router_service.small_batches._MOST_OUT", 3)
     gate, hidden_TH = gate_of(SPECS["mixtral"]), torch.randn(2, HIDDEN)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import torch
 from experts.group import ExpertGroup
 from experts.server import ExpertServer
 from experts.spec import ExpertCall
-from experts.wire import local_stream
+from experts.wire import local_stream, message_stream
 from experts.wire.client import ExpertClient
 from experts.wire.local_stream import LocalServer, LocalStream
 from experts.wire.message_stream import StreamClosed
@@ -183,6 +184,25 @@ def test_a_waiting_thread_is_told_of_every_answer(start: Start, address: str) ->
         assert not reader.done()
         last.set()
         reader.result(WAIT_S)
+
+
+def test_an_answer_that_stops_in_the_middle_is_not_waited_for() -> None:
+    ours, theirs = socket.socketpair()
+    stream = LocalStream(ours, lambda _: None)
+    with theirs:
+        stream.send(b"?")
+        theirs.sendall((1000).to_bytes(4, "little") + bytes(100))
+        with pytest.raises(StreamClosed, match="DEADLINE_EXCEEDED"):
+            stream.read_until(lambda: False, 0.05)
+        assert not stream.is_open
+
+
+def test_a_peer_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message_stream, "SEND_TIMEOUT_S", 1.0)
+    ours, theirs = socket.socketpair()
+    stream = LocalStream(ours, lambda _: None)
+    with theirs, pytest.raises(StreamClosed, match="the peer took nothing for 1 s"):
+        stream.send(bytes(LIMIT))
 
 
 def test_too_long_a_request_ends_its_stream(start: Start, address: str) -> None:

@@ -188,3 +188,4 @@ def test_a_pool_lends_a_segment_to_one_at_a_time() -> None:
     with pytest.raises(RequestError, match="not ours"):
         pool.view("expertmesh-" + "0" * 32, 0, 1)
     pool.close()
+    assert pool.take(1000) is None
