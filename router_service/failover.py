@@ -27,7 +27,8 @@ class Failover:
       reload    waits for the group itself to come back
       degrade   as failover, but what nobody holds contributes nothing, and is counted
       fail      GroupUnavailable at once
-    recovery_timeout_s: bound of all waiting, from the moment of the first failure
+    recovery_timeout_s: bound of all waiting, from the moment of the first failure; of a group that hangs that is when
+                        it has given no answer for so long
     """
 
     def __init__(

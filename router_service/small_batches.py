@@ -128,6 +128,11 @@ class SmallBatches:
         if not usable:
             desk.lane.close()
 
+    def lost(self, view: TableView, group: int) -> None:
+        """A group gave no answer in time."""
+        (replica,) = view.replicas[group]
+        self._replicas.lost(replica)
+
     def close(self) -> None:
         """Drop every lane; those that a batch is on when it is over."""
         self._use(None)
@@ -228,7 +233,11 @@ class SmallBatch:
         assert desk is not None, "a result is taken once"
         batches, (num_tokens, hidden_size) = self._batches, self._hidden_TH.shape
         out_TH, ended = self._out_TH, LATE
-        while ended == LATE and not self._is_hopeless(desk.view):
+        while ended == LATE and batches.board.view is desk.view:
+            if time.monotonic() - self._dispatched > batches.reply_timeout_s:
+                # It has been waited for: who asks again need not wait for its answer another time.
+                batches.lost(desk.view, int(desk.progress[0]))
+                break
             ended = compiled_add_answers()(
                 *(desk.lane.sockets_G, desk.call_id, desk.split.shares_G3, desk.split.tokens_R, desk.progress),
                 *(int(1e3 * _PATIENCE_S), desk.message, desk.values, out_TH),
@@ -251,11 +260,6 @@ class SmallBatch:
             self._batches.leave(desk, usable=False)
 
     __del__ = cancel
-
-    def _is_hopeless(self, view: TableView) -> bool:
-        """Whether there is another table, or it has taken too long: the ordinary way knows what to do then."""
-        too_long = time.monotonic() - self._dispatched > self._batches.reply_timeout_s
-        return too_long or self._batches.board.view is not view
 
 
 def _compiled(gate: CompiledGate) -> Callable[..., bool]:

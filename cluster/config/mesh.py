@@ -70,7 +70,7 @@ class RouterConfig(_Section):
     )
     overflow: Literal["drop", "next_best"] = Field("drop", description="Where overflowing tokens go")
     recovery_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        60.0, description="Longest wait for a lost group before the requests in flight fail"
+        60.0, description="Longest wait for a lost group, and for a hanging one first, before requests in flight fail"
     )
     service_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
         None, description="Offer RouterService over gRPC on this port of each engine; 0: any free one; null: not"

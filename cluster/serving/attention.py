@@ -110,8 +110,8 @@ def _decode(
     """One query row a slot against the arena's slots, all at once. Returns [heads, B, value dim]."""
     arena = group.arena
     slots = slice(group.first_slot, group.first_slot + group.num_slots)
-    key_SHLD = arena.key[layer, slots, :, : group.max_len]
-    value_SHLV = arena.value[layer, slots, :, : group.max_len]
+    key_SHLD = arena.key[layer][slots, :, : group.max_len]
+    value_SHLV = arena.value[layer][slots, :, : group.max_len]
     num_kv_heads = key_SHLD.shape[1]
     heads, _, dim = query_HBD.shape
     query_BHD = query_HBD.transpose(0, 1)
@@ -141,8 +141,8 @@ def _prefill(
 ) -> torch.Tensor:
     """A chunk of one sequence against its own cached tokens. Returns [heads, T, value dim]."""
     arena, index = span.slot.arena, span.slot.index
-    key_HLD = arena.key[layer, index, :, : span.end]
-    value_HLV = arena.value[layer, index, :, : span.end]
+    key_HLD = arena.key[layer][index, :, : span.end]
+    value_HLV = arena.value[layer][index, :, : span.end]
     absorbed = latent is not None and not latent.expand_is_cheaper(query_HTD.shape[1], span.end)
     if latent is not None:
         if absorbed:

@@ -16,8 +16,9 @@ import torch
 from cluster.serving.kv_cache import Arena, Slot
 
 Shapes = tuple[tuple[int, ...], ...]
-# Rows that one thread computes, whether they are a prompt's taken at once, and what compiled code has to know of them.
-LayerPiece = tuple[slice, bool, tuple[Any, ...]]
+# Rows that one thread computes, whether they are a prompt's taken at once, and what compiled code has to know of them:
+# before the layer's cache, the arena that has it, and after it.
+LayerPiece = tuple[slice, bool, tuple[Any, ...], Arena, tuple[Any, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

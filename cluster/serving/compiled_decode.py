@@ -122,7 +122,7 @@ class CompiledDecode:
 
         layer, shared, num_tokens = self._layers[0], self._shared, batch.num_tokens
         hidden_TH, residual_TH, mlp_in_TH, combined_TH = states_4TH.numpy()
-        parts_P6, slots_T, positions_T = layer.decode_parts(batch)
+        parts_LP6, slots_T, positions_T = layer.decode_parts(batch, len(self._layers))
         angles = tuple(each[0].contiguous().numpy() for each in layer.angles(rope))
         work = layer.work_for(num_tokens)
         inner = () if shared is None else shared.work_for(num_tokens)
@@ -131,7 +131,7 @@ class CompiledDecode:
             *(np.arange(num_tokens, dtype=np.int32), *(inner or (shared_out_TP,) * 3), shared_out_TP),
         )
         tickets = np.zeros(1, np.int64)
-        num_helpers = min(self._team.num_threads, len(parts_P6)) - 1
+        num_helpers = min(self._team.num_threads, parts_LP6.shape[1]) - 1
         ours, theirs = socket.socketpair() if num_helpers else (None, None)
         caller, result = threading.get_ident(), -1
 
@@ -141,7 +141,7 @@ class CompiledDecode:
                 assert theirs is not None
                 try:
                     self._compiled.help(
-                        *(self._compiled.code, theirs.fileno(), tickets, parts_P6, hidden_TH, residual_TH, mlp_in_TH),
+                        *(self._compiled.code, theirs.fileno(), tickets, parts_LP6, hidden_TH, residual_TH, mlp_in_TH),
                         *(self._constants, *angles, slots_T, positions_T, work),
                     )
                 except BaseException:
@@ -152,7 +152,7 @@ class CompiledDecode:
                     result = self._compiled.run(
                         *(self._compiled.code, hidden_TH, residual_TH, mlp_in_TH, combined_TH),
                         *(self._constants, work, *angles),
-                        *(parts_P6, slots_T, positions_T, tickets, -1 if ours is None else ours.fileno()),
+                        *(parts_LP6, slots_T, positions_T, tickets, -1 if ours is None else ours.fileno()),
                         *(num_helpers, *lane.arguments, experts, times_L5),
                     )
                 finally:

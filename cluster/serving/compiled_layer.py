@@ -114,6 +114,7 @@ class CompiledLayer(nn.Module, ABC):
         super().__init__()
         norms = layer.input_layernorm, layer.post_attention_layernorm
         self.mlp = layer.mlp
+        self.index: int = layer.self_attn.layer_idx
         self._team = team
         self.attention = attention
         self._compiled = compiled
@@ -135,7 +136,7 @@ class CompiledLayer(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def _caches(arena: Arena) -> tuple[torch.Tensor, ...]:
+    def _caches(arena: Arena, layer: int) -> tuple[torch.Tensor, ...]:
         """What the compiled function reads and writes of an arena."""
 
     @staticmethod
@@ -159,34 +160,38 @@ class CompiledLayer(nn.Module, ABC):
         for pieces in stages:
 
             def run(index: int, pieces: list[LayerPiece] = pieces) -> None:
-                rows, at_once, shared = pieces[index]
-                both[at_once](hidden_TH[rows], residual_TH[rows], mlp_in_TH[rows], *constants, *shared)
+                rows, at_once, angles, arena, rest = pieces[index]
+                caches = (cache.numpy() for cache in self._caches(arena, self.index))
+                both[at_once](hidden_TH[rows], residual_TH[rows], mlp_in_TH[rows], *constants, *angles, *caches, *rest)
 
             self._team.run(run, len(pieces))
         batch.seconds += time.perf_counter() - started
         residual_1TH, mlp_in_1TH = both_21TH.unbind()
         return residual_1TH.add_(self.mlp(mlp_in_1TH))
 
-    def decode_parts(self, batch: AttentionBatch) -> tuple[_Numbers, _Numbers, _Numbers]:
-        """Of a step in which every sequence decodes, int64: [P, 6], rows of each part (first, and after the last),
-        addresses of its caches, how many slots there are, and how long; [T] slots and [T] positions of all rows."""
-        parts = []
-        for part in self._decoding(batch):
+    def decode_parts(self, batch: AttentionBatch, num_layers: int) -> tuple[_Numbers, _Numbers, _Numbers]:
+        """Of this layer and those after it, in a step in which every sequence decodes, int64: [L, P, 6], rows of each
+        part (first, and after the last), addresses of its caches, how many slots there are, and how long; [T] slots
+        and [T] positions of all rows."""
+        parts = [*self._decoding(batch)]
+        parts_LP6 = np.empty((num_layers, len(parts), 6), np.int64)
+        for number, part in enumerate(parts):
             arena = part.arena
-            caches = arena.key.data_ptr(), arena.value.data_ptr()
-            parts.append((part.rows.start, part.rows.stop, *caches, arena.num_slots, arena.capacity))
+            parts_LP6[:, number, :2] = part.rows.start, part.rows.stop
+            parts_LP6[:, number, 2:4] = arena.addresses_N2[self.index : self.index + num_layers]
+            parts_LP6[:, number, 4:] = arena.num_slots, arena.capacity
         groups = batch.decode_groups
         slots_T = torch.cat([group.slots_B for group in groups])
         positions_T = torch.cat([group.positions_B for group in groups])
         assert len(slots_T) == batch.num_tokens  # compiled code looks at no bounds
-        return np.array(parts), slots_T.numpy(), positions_T.numpy()
+        return parts_LP6, slots_T.numpy(), positions_T.numpy()
 
     def work_for(self, num_rows: int) -> tuple[npt.NDArray[np.float32], ...]:
         """What the compiled function works in."""
         return tuple(np.empty((num_rows, *shape), np.float32) for shape in self._work)
 
     def _stages(self, batch: AttentionBatch, position_embeddings: Any) -> list[list[LayerPiece]]:
-        """What a thread computes at a time: which rows, and their cosines, sines, caches, slots, positions and work.
+        """What a thread computes at a time: which rows, and their cosines and sines, arena, slots, positions and work.
 
         One stage after the other.
         """
@@ -197,15 +202,17 @@ class CompiledLayer(nn.Module, ABC):
         parts = [*prompts, *self._decoding(batch)]
         cos_TD, sin_TD = (each[0].contiguous().numpy() for each in self.angles(position_embeddings))
         assert cos_TD.shape[1] >= self._rope_dim // 2  # compiled code looks at no bounds
-        pieces = [
-            (part.rows, part.prepared_LC is not None, (cos_TD[part.rows], sin_TD[part.rows], *self._arguments(part)))
-            for part in parts
+        pieces = [(part, (cos_TD[part.rows], sin_TD[part.rows]), tuple(self._arguments(part))) for part in parts]
+        return [
+            [
+                (part.rows, part.prepared_LC is not None, angles, part.arena, (*rest, half))
+                for part, angles, rest in pieces
+            ]
+            for half in halves
         ]
-        return [[(rows, at_once, (*shared, half)) for rows, at_once, shared in pieces] for half in halves]
 
     def _arguments(self, part: _Part) -> Iterator[Any]:
-        for tensor in (*self._caches(part.arena), part.slots_T, part.positions_T):
-            yield tensor.numpy()
+        yield from (part.slots_T.numpy(), part.positions_T.numpy())
         for shape in self._work if part.prepared_LC is None else self._at_once.work:
             yield np.empty((len(part.slots_T), *shape), np.float32)
         if part.prepared_LC is not None:

@@ -247,8 +247,11 @@ class Engine:
                 step = self._scheduler.schedule()
                 if step:
                     self._step(step)
+                elif self._scheduler.waiting and not self._scheduler.running:  # so nobody will make room
+                    raise MemoryError("no memory for its keys and values; lower engine.kv_cache_memory")
             except Exception as error:  # whatever a step dies of, the engine and everyone else live on
-                self._fail([sequence for sequence, _ in step] or list(self._scheduler.running), error)
+                in_step = [sequence for sequence, _ in step]
+                self._fail(in_step or list(self._scheduler.running) or [self._scheduler.waiting[0]], error)
         for sequence in list(self._unfinished.values()):
             self._finish(sequence, TokenEvent(token_id=None, finish_reason="abort"))
 

@@ -65,7 +65,7 @@ class GroupedQueryLayer(CompiledLayer):
             constants=(
                 *(norms, epsilon, *(np.array(matrix.addresses())[:, None] for matrix in (into, onto))),
                 np.array([len(into.panels), len(onto.panels)]),
-                *(attention.layer_idx, getattr(attention.config, "sliding_window", None) or _NO_WINDOW),
+                getattr(attention.config, "sliding_window", None) or _NO_WINDOW,
                 attention.scaling,
             ),
             work=work,
@@ -94,5 +94,5 @@ class GroupedQueryLayer(CompiledLayer):
         )
 
     @staticmethod
-    def _caches(arena: Arena) -> tuple[torch.Tensor, ...]:
-        return arena.key, arena.value
+    def _caches(arena: Arena, layer: int) -> tuple[torch.Tensor, ...]:
+        return arena.key[layer], arena.value[layer]

@@ -3,18 +3,24 @@
 A sequence owns one slot. Slots of one capacity lie side by side in one arena, live ones always first, so that the
 decode step of all of them reads the cache through a view: no page table, no gather, no copy. A sequence that outgrows
 its slot moves to an arena of twice the capacity; at most half of a slot is unused. Arenas grow by doubling and are
-cut back when another needs the room; the sum of what they hold never passes `memory` bytes.
+cut back when another needs the room, layer by layer: the sum of what they hold never passes `memory` bytes, but for one
+layer of an arena while that is resized.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from experts.errors import ConfigError
 
 MIN_CAPACITY = 256
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +60,11 @@ class Slot:
 
 
 class Arena:
-    """Slots of one capacity C.  key: [N layers, S slots, kv heads, C, key_dim], value likewise."""
+    """Slots of one capacity C.
+
+    key:          of each layer, [S slots, kv heads, C, key_dim];  value: likewise
+    addresses_N2: int64, where they lie
+    """
 
     def __init__(self, layout: KVLayout, capacity: int) -> None:
         self.capacity = capacity
@@ -62,35 +72,39 @@ class Arena:
         self.slots: list[Slot] = []
         self._layout = layout
         self.num_slots = 0
-        self.key: torch.Tensor
-        self.value: torch.Tensor
-        self.resize(0)
+        # Slots from there on are zeros still.
+        self._first_unused = 0
+        self.key = [self._zeros(0, layout.key_dim) for _ in range(layout.num_layers)]
+        self.value = [self._value_of(key) for key in self.key]
+        self.addresses_N2 = self._addresses()
 
     @property
     def num_bytes(self) -> int:
         return self.num_slots * self.slot_bytes
 
     def resize(self, num_slots: int) -> None:
-        """Room for `num_slots`, at least as many as live; what is live keeps its index."""
-        assert num_slots >= len(self.slots)
-        old = (self.key, self.value) if self.num_slots else None
-        layout, live = self._layout, len(self.slots)
-        # Zeros, because what is masked still takes part: a masked weight of 0 times a NaN would be a NaN.
-        shape = (layout.num_layers, num_slots, layout.num_kv_heads, self.capacity, layout.key_dim)
-        self.key = torch.zeros(shape, dtype=layout.dtype, device=layout.device)
-        if layout.latent:
-            self.value = self.key[..., : layout.value_dim]
-        else:
-            self.value = torch.zeros((*shape[:-1], layout.value_dim), dtype=layout.dtype, device=layout.device)
-        if old and live:
-            self.key[:, :live] = old[0][:, :live]
-            if not layout.latent:
-                self.value[:, :live] = old[1][:, :live]
-        self.num_slots = num_slots
+        """Room for `num_slots`, at least as many as live; what is live keeps its index.
+
+        Raises RuntimeError where the device has not got the memory; nothing has changed then.
+        """
+        live = len(self.slots)
+        assert num_slots >= live
+        try:
+            for layer in range(self._layout.num_layers):
+                self._resize_layer(layer, num_slots, live)
+        finally:
+            self.addresses_N2 = self._addresses()
+            # Those that were resized before memory ran out have room for both.
+            self.num_slots = min(len(key) for key in self.key)
+            self._first_unused = live
 
     def add(self) -> Slot:
-        assert len(self.slots) < self.num_slots
-        slot = Slot(self, len(self.slots))
+        index = len(self.slots)
+        assert index < self.num_slots
+        if index < self._first_unused:
+            self._clear(index, 0)
+        self._first_unused = max(self._first_unused, index + 1)
+        slot = Slot(self, index)
         self.slots.append(slot)
         return slot
 
@@ -107,7 +121,9 @@ class Arena:
         """Take over a sequence from a smaller arena."""
         source, source_index = slot.arena, slot.index
         index = len(self.slots)
+        assert index < self.num_slots
         self._copy_rows(source, source_index, index, slot.length)
+        self._first_unused = max(self._first_unused, index + 1)
         placeholder = Slot(source, source_index)
         source.slots[source_index] = placeholder
         source.remove(placeholder)
@@ -115,9 +131,39 @@ class Arena:
         self.slots.append(slot)
 
     def _copy_rows(self, source: Arena, source_index: int, index: int, length: int) -> None:
-        self.key[:, index, :, :length] = source.key[:, source_index, :, :length]
-        if not self._layout.latent:
-            self.value[:, index, :, :length] = source.value[:, source_index, :, :length]
+        for layer in range(self._layout.num_layers):
+            self.key[layer][index, :, :length] = source.key[layer][source_index, :, :length]
+            if not self._layout.latent:
+                self.value[layer][index, :, :length] = source.value[layer][source_index, :, :length]
+        if index < self._first_unused:
+            self._clear(index, length)
+
+    def _clear(self, index: int, begin: int) -> None:
+        """What is masked still takes part: a weight of 0 times a NaN, of who was there before, would be a NaN."""
+        for value in self.value:
+            value[index, :, begin:] = 0
+
+    def _resize_layer(self, layer: int, num_slots: int, live: int) -> None:
+        layout, old_key, old_value = self._layout, self.key[layer], self.value[layer]
+        if not live:
+            self.key[layer] = self.value[layer] = old_key = old_value = self._zeros(0, 0)
+        key = self._zeros(num_slots, layout.key_dim)
+        value = self._value_of(key)
+        if live:
+            key[:live] = old_key[:live]
+            value[:live] = old_value[:live]
+        self.key[layer], self.value[layer] = key, value
+
+    def _zeros(self, num_slots: int, dim: int) -> torch.Tensor:
+        layout = self._layout
+        return torch.zeros(num_slots, layout.num_kv_heads, self.capacity, dim, dtype=layout.dtype, device=layout.device)
+
+    def _value_of(self, key: torch.Tensor) -> torch.Tensor:
+        layout = self._layout
+        return key[..., : layout.value_dim] if layout.latent else self._zeros(len(key), layout.value_dim)
+
+    def _addresses(self) -> npt.NDArray[np.int64]:
+        return np.array([(key.data_ptr(), value.data_ptr()) for key, value in zip(self.key, self.value, strict=True)])
 
 
 class KVCache:
@@ -173,18 +219,28 @@ class KVCache:
         if live < arena.num_slots:
             return True
         wanted = max(live + 1, min(2 * live, self._max_num_seqs))
-        if self._fits(arena, wanted):
-            arena.resize(wanted)
+        if self._fits(arena, wanted) and _resize(arena, wanted):
             return True
         for other in self.arenas:
             if other is not arena and other.num_slots > len(other.slots):
                 other.resize(len(other.slots))
-        for num_slots in (wanted, live + 1):
-            if self._fits(arena, num_slots):
-                arena.resize(num_slots)
-                return True
-        return False
+        return any(
+            self._fits(arena, num_slots) and _resize(arena, num_slots) for num_slots in sorted({wanted, live + 1})[::-1]
+        )
 
     def _fits(self, arena: Arena, num_slots: int) -> bool:
         others = sum(other.num_bytes for other in self.arenas if other is not arena)
         return others + num_slots * arena.slot_bytes <= self.memory
+
+
+def _resize(arena: Arena, num_slots: int) -> bool:
+    """False where the device has less memory than the engine was told."""
+    try:
+        arena.resize(num_slots)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        log.warning(
+            "no memory for %d slots of %d bytes (lower engine.kv_cache_memory): %s",
+            *(num_slots, arena.slot_bytes, str(error).partition("\n")[0]),
+        )
+        return False
+    return True

@@ -81,7 +81,7 @@ class LatentLayer(CompiledLayer):
             constants=(
                 *(query_norm.weight.numpy(), norm.weight.numpy()),
                 np.array([query_norm.variance_epsilon, norm.variance_epsilon], np.float32),
-                *(addresses, panels, attention.layer_idx, attention.scaling),
+                *(addresses, panels, attention.scaling),
             ),
             work=(*work, (heads, rank + rope_dim), (heads, rank)),
             at_once=AtOnce(
@@ -109,8 +109,8 @@ class LatentLayer(CompiledLayer):
         )
 
     @staticmethod
-    def _caches(arena: Arena) -> tuple[torch.Tensor, ...]:
-        return (arena.key,)
+    def _caches(arena: Arena, layer: int) -> tuple[torch.Tensor, ...]:
+        return (arena.key[layer],)
 
     @staticmethod
     def angles(position_embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -252,7 +252,9 @@ def test_what_is_late_is_asked_again_where_the_table_says_something_new(monkeypa
     assert weights_TK.equal(gate(hidden_TH).weights_TK)
     # Or where it has taken too long.
     monkeypatch.setattr(small, "reply_timeout_s", 0.01)
-    assert small.send(small.board.view, 3, hidden_TH).result() == "the sum"
+    view = small.board.view
+    assert small.send(view, 3, hidden_TH).result() == "the sum"
+    assert small._replicas.unreachable(view) == {0}  # and is not waited for again
 
 
 @pytest.fixture

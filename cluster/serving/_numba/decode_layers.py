@@ -71,7 +71,7 @@ def compile_decode_layers(attention: Attention, gate: GateKind, shared: tuple[st
         residual, mlp_in, combined  float32 [T, H], to work in; where a layer does not end as it should, its attention
                       with the residual, the norm of that, and what is there of its answers' sum
         constants, work   see the family's `attend_rows`;  cos, sin  float32 [T, D]
-        parts         int64 [P, 6]: first row of a part of the step, the row after its last, and its caches
+        parts         int64 [L, P, 6]: first row of a part of the step, the row after its last, and its caches
         slots, positions  int64 [T]
         tickets       int64 [1], to work in;  helper  of a socket to all who help, and how many there are
         layers        int64 [L], their numbers
@@ -107,9 +107,9 @@ def compile_decode_layers(attention: Attention, gate: GateKind, shared: tuple[st
         while True:
             ticket = take_ticket(tickets.ctypes.data)
             number, at = ticket >> 32, ticket & 0xFFFFFFFF
-            if at >= len(parts):
+            if at >= parts.shape[1]:
                 return taken
-            rows, caches = slice(parts[at, 0], parts[at, 1]), parts[at, 2:]
+            rows, caches = slice(parts[number, at, 0], parts[number, at, 1]), parts[number, at, 2:]
             attend(address, number, rows, hidden, residual, mlp_in, constants, cos, sin, caches, slots, positions, work)
             taken += 1
             if socket >= 0:
@@ -185,7 +185,7 @@ def compile_decode_layers(attention: Attention, gate: GateKind, shared: tuple[st
             taken = take_parts(
                 *(code[0], tickets, -1, parts, hidden, residual, mlp_in, constants, cos, sin, slots, positions, work)
             )
-            for _ in range(len(parts) - taken):
+            for _ in range(parts.shape[1] - taken):
                 if not hear(helper):
                     return number * ENDS + DESERTED
             times[number, 1] = now()
@@ -226,7 +226,7 @@ def compile_decode_layers(attention: Attention, gate: GateKind, shared: tuple[st
 
     common = (_FLOATS, _FLOATS, _FLOATS)
     seen = attention.constants, _FLOATS, _FLOATS, _NUMBERS, _NUMBERS, attention.work
-    help_signature = types.void(_NUMBERS, types.int64, _NUMBERS, _WIDES, *common, *seen)
+    help_signature = types.void(_NUMBERS, types.int64, _NUMBERS, _CUBE, *common, *seen)
     run_signature = types.int64(
         *(
             _NUMBERS,
@@ -236,7 +236,7 @@ def compile_decode_layers(attention: Attention, gate: GateKind, shared: tuple[st
             attention.work,
             _FLOATS,
             _FLOATS,
-            _WIDES,
+            _CUBE,
             _NUMBERS,
             _NUMBERS,
         ),

@@ -18,11 +18,11 @@ from experts.ops._numba.memory import memory
 from experts.ops._numba.object_cache import compiled, part
 from experts.ops._numba.packed_matmul import Kind
 
-_MATRIX, _CACHE, _VECTOR = types.float32[:, ::1], types.float32[:, :, :, :, ::1], types.float32[::1]
+_MATRIX, _CACHE, _VECTOR = types.float32[:, ::1], types.float32[:, :, :, ::1], types.float32[::1]
 _ADDRESSES, _NUMBERS = types.int64[:, ::1], types.int64[::1]
 COMMON = (
     *(_MATRIX, _MATRIX, _MATRIX, _MATRIX, _VECTOR, _MATRIX, types.float32),
-    *(_ADDRESSES, _ADDRESSES, _NUMBERS, types.int64, types.int64, types.float32),
+    *(_ADDRESSES, _ADDRESSES, _NUMBERS, types.int64, types.float32),
     *(_MATRIX, _MATRIX, _CACHE, _CACHE, _NUMBERS, _NUMBERS, _MATRIX, _MATRIX, _MATRIX),
 )
 """Types of the arguments up to `out`."""
@@ -42,11 +42,10 @@ def compile_grouped_query(shape: GroupedQueryShape, into: Kind, onto: Kind) -> C
         first, last       int64 [3, 1]: addresses of panels, scales and biases of the packed q, k and v (one below the
                           other) and of the output projection
         panels            int64 [2]: of either
-        layer             where in the cache
         window            how many tokens a query sees, its own included
         scale             of the scores
         cos, sin          float32 [T, head_dim]
-        keys, values      float32 [layers, slots, kv_heads, C, head_dim]
+        keys, values      float32 [slots, kv_heads, C, head_dim], the layer's cache
         slots, positions  int64 [T]: where the new keys and values belong
         projected, summed, out  float32 [T, whole panels], [T, heads * head_dim], [T, whole panels], to work in
         half              1: up to the cache, 2: from there, in the same memory; 0: all
@@ -67,7 +66,6 @@ def compile_grouped_query(shape: GroupedQueryShape, into: Kind, onto: Kind) -> C
         first: Any,
         last: Any,
         panels: Any,
-        layer: Any,
         window: Any,
         scale: Any,
         cos: Any,
@@ -84,7 +82,7 @@ def compile_grouped_query(shape: GroupedQueryShape, into: Kind, onto: Kind) -> C
         if half != 2:
             read(
                 *(hidden, mlp_in, layer_norms[0], layer_epsilons[0], head_norms, epsilon, first, panels[0]),
-                *(layer, cos, sin, keys, values, slots, positions, projected),
+                *(cos, sin, keys, values, slots, positions, projected),
             )
         if half == 1:
             return
@@ -102,7 +100,7 @@ def compile_grouped_query(shape: GroupedQueryShape, into: Kind, onto: Kind) -> C
             )
             for head in range(kv_heads):
                 grouped = slice(head * group, (head + 1) * group)
-                seen = keys[layer, slot, head, begin:end], values[layer, slot, head, begin:end]
+                seen = keys[slot, head, begin:end], values[slot, head, begin:end]
                 attend_one(queries[grouped], seen[0], seen[1], scale, scores, sums[grouped])
         add(hidden, summed, last, panels[1], out, residual, layer_norms[1], layer_epsilons[1], mlp_in)
 
@@ -113,7 +111,7 @@ def compile_grouped_query(shape: GroupedQueryShape, into: Kind, onto: Kind) -> C
 CONSTANTS = types.Tuple(
     (
         *(types.float32[:, :, ::1], _MATRIX, types.float32[:, :, ::1], _VECTOR),
-        *(types.int64[:, :, ::1], types.int64[:, :, ::1], _ADDRESSES, _NUMBERS, _NUMBERS, _VECTOR),
+        *(types.int64[:, :, ::1], types.int64[:, :, ::1], _ADDRESSES, _NUMBERS, _VECTOR),
     )
 )
 WORK = types.UniTuple(_MATRIX, 3)
@@ -125,7 +123,7 @@ def attend_rows(shape: GroupedQueryShape, into: Kind, onto: Kind) -> Callable[..
 
     address:   of what `compile_grouped_query` makes
     constants: its arguments from `layer_norms` to `scale`, each with a number for every layer (CONSTANTS)
-    caches:    addresses of the first layer's keys and values, how many slots there are, and C
+    caches:    addresses of the layer's keys and values, how many slots there are, and C
     work:      what is to work in there, for all rows of the step (WORK)
     """
     call = caller_of(compile_grouped_query(shape, into, onto))
@@ -133,12 +131,11 @@ def attend_rows(shape: GroupedQueryShape, into: Kind, onto: Kind) -> Callable[..
 
     @part((kv_heads, head_dim))
     def attend(address, number, rows, hidden, residual, mlp_in, constants, cos, sin, caches, slots, positions, work):  # type: ignore[no-untyped-def]
-        layer = constants[7][number]
-        size = (layer + 1, caches[2], kv_heads, caches[3], head_dim)
+        size = (caches[2], kv_heads, caches[3], head_dim)
         arguments = (
             hidden[rows], residual[rows], mlp_in[rows], constants[0][number], constants[1][number],
             constants[2][number], constants[3][number], constants[4][number], constants[5][number],
-            constants[6][number], layer, constants[8][number], constants[9][number], cos[rows], sin[rows],
+            constants[6][number], constants[7][number], constants[8][number], cos[rows], sin[rows],
             numba.carray(memory(caches[0]), size, np.float32),
             numba.carray(memory(caches[1]), size, np.float32), slots[rows], positions[rows], work[0][rows],
             work[1][rows], work[2][rows], 0,

@@ -40,7 +40,6 @@ def read_tokens(shape: GroupedQueryShape, into_kind: Kind) -> Callable[..., None
         epsilon,
         matrix,
         panels,
-        layer,
         cos,
         sin,
         keys,
@@ -64,8 +63,8 @@ def read_tokens(shape: GroupedQueryShape, into_kind: Kind) -> Callable[..., None
                     normalise(parts[head], head_norms[0 if head < heads else 1], epsilon)
                 rotate_one(parts[head], cos[row], sin[row], parts[head])
             for head in range(kv_heads):
-                copy_values(parts[heads + head], keys[layer, slot, head, position])
-                copy_values(parts[heads + kv_heads + head], values[layer, slot, head, position])
+                copy_values(parts[heads + head], keys[slot, head, position])
+                copy_values(parts[heads + kv_heads + head], values[slot, head, position])
 
     compiled: Callable[..., None] = read
     return compiled

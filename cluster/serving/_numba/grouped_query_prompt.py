@@ -44,7 +44,6 @@ def compile_grouped_query_prompt(shape: GroupedQueryShape, into: Kind, onto: Kin
         first: Any,
         last: Any,
         panels: Any,
-        layer: Any,
         window: Any,
         scale: Any,
         cos: Any,
@@ -68,12 +67,12 @@ def compile_grouped_query_prompt(shape: GroupedQueryShape, into: Kind, onto: Kin
         if half != 2:
             read(
                 *(hidden, mlp_in, layer_norms[0], layer_epsilons[0], head_norms, epsilon, first, panels[0]),
-                *(layer, cos, sin, keys, values, slots, positions, projected),
+                *(cos, sin, keys, values, slots, positions, projected),
             )
             for head in range(kv_heads):
                 for position in range(begin, positions[-1] + 1):
-                    pack_key(keys[layer, slots[0], head, position], position, key_panels[head])
-                    pack_value(values[layer, slots[0], head, position], position, value_panels[head])
+                    pack_key(keys[slots[0], head, position], position, key_panels[head])
+                    pack_value(values[slots[0], head, position], position, value_panels[head])
         if half == 1:
             return
         scores, sums = np.empty((BLOCK, length), np.float32), np.empty((BLOCK, value_columns), np.float32)

@@ -24,8 +24,8 @@ _NUMBERS, _ADDRESSES = types.int64[::1], types.int64[:, :, ::1]
 # Of the arguments up to `positions`.
 COMMON = (
     *(_MATRIX, _MATRIX, _MATRIX, _MATRIX, _VECTOR, _VECTOR, _VECTOR, _VECTOR),
-    *(_ADDRESSES, _NUMBERS, types.int64, types.float32),
-    *(_MATRIX, _MATRIX, types.float32[:, :, :, :, ::1], _NUMBERS, _NUMBERS),
+    *(_ADDRESSES, _NUMBERS, types.float32),
+    *(_MATRIX, _MATRIX, types.float32[:, :, :, ::1], _NUMBERS, _NUMBERS),
 )
 
 
@@ -47,10 +47,9 @@ def compile_latent(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callable[...,
                       the output projection, and of all W_UK and W_UV as published; one each but for the third and
                       fourth
         panels        int64 [6]: of each (of one head's W_UK and W_UV)
-        layer         where in the cache
         scale         of the scores
         cos, sin      float32 [T, at least rope_dim / 2]
-        latents       float32 [layers, slots, 1, C, rank + rope_dim]
+        latents       float32 [slots, 1, C, rank + rope_dim], the layer's cache
         slots, positions  int64 [T]: where the new rows belong
         projected, expanded  float32 [T, whole panels] each, to work in; the second unused where query_rank is 0
         values, out   float32 [T, heads * value_dim], [T, whole panels], to work in
@@ -74,7 +73,6 @@ def compile_latent(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callable[...,
         epsilons: Any,
         matrices: Any,
         panels: Any,
-        layer: Any,
         scale: Any,
         cos: Any,
         sin: Any,
@@ -95,7 +93,7 @@ def compile_latent(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callable[...,
         if half != 2:
             read(
                 *(hidden, mlp_in, layer_norms[0], layer_epsilons[0], query_norm, latent_norm, epsilons),
-                *(matrices, panels, layer, cos, sin, latents, slots, positions, projected, queries),
+                *(matrices, panels, cos, sin, latents, slots, positions, projected, queries),
             )
         if half == 1:
             return
@@ -114,7 +112,7 @@ def compile_latent(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callable[...,
             for head in range(heads):
                 first = head * query_dim + nope
                 rotate_one(queries[row, first : first + rope_dim], cos[row], sin[row], absorbed[row, head, rank:])
-            cached = latents[layer, slots[row], 0, : positions[row] + 1]
+            cached = latents[slots[row], 0, : positions[row] + 1]
             attend_one(absorbed[row], cached, cached, scale, scores, summed[row])
         for head in range(heads):
             one = slice(head, head + 1)
@@ -132,7 +130,7 @@ def compile_latent(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callable[...,
 CONSTANTS = types.Tuple(
     (
         *(_CUBE, _MATRIX, _MATRIX, _MATRIX, _MATRIX, types.int64[:, :, :, ::1], types.int64[:, ::1]),
-        *(_NUMBERS, _VECTOR),
+        _VECTOR,
     )
 )
 WORK = types.Tuple((*[_MATRIX] * 4, _CUBE, _CUBE))
@@ -144,19 +142,18 @@ def attend_rows(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callable[..., No
 
     address:   of what `compile_latent` makes
     constants: its arguments from `layer_norms` to `scale`, each with a number for every layer (CONSTANTS)
-    caches:    address of the first layer's latents, nothing, how many slots there are, and C
+    caches:    address of the layer's latents, nothing, how many slots there are, and C
     work:      what is to work in there, for all rows of the step (WORK)
     """
     call, row_dim = caller_of(compile_latent(shape, kinds)), shape.row_dim
 
     @part((row_dim,))
     def attend(address, number, rows, hidden, residual, mlp_in, constants, cos, sin, caches, slots, positions, work):  # type: ignore[no-untyped-def]
-        layer = constants[7][number]
-        size = (layer + 1, caches[2], 1, caches[3], row_dim)
+        size = (caches[2], 1, caches[3], row_dim)
         arguments = (
             hidden[rows], residual[rows], mlp_in[rows], constants[0][number], constants[1][number],
             constants[2][number], constants[3][number], constants[4][number], constants[5][number],
-            constants[6][number], layer, constants[8][number], cos[rows], sin[rows],
+            constants[6][number], constants[7][number], cos[rows], sin[rows],
             numba.carray(memory(caches[0]), size, np.float32), slots[rows], positions[rows], work[0][rows],
             work[1][rows], work[2][rows], work[3][rows], work[4][rows], work[5][rows], 0,
         )  # fmt: skip

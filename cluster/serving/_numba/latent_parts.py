@@ -59,7 +59,6 @@ def read_tokens(shape: LatentShape, into_kind: Kind, from_latents_kind: Kind) ->
         epsilons,
         matrices,
         panels,
-        layer,
         cos,
         sin,
         latents,
@@ -84,7 +83,7 @@ def read_tokens(shape: LatentShape, into_kind: Kind, from_latents_kind: Kind) ->
                 *(projected.ctypes.data, projected_bytes, queries.ctypes.data, queries.shape[1] * 4),
             )
         for row in range(num_rows):
-            new = latents[layer, slots[row], 0, positions[row]]
+            new = latents[slots[row], 0, positions[row]]
             copy_values(projected[row, before : before + rank], new)
             normalise(new[:rank], latent_norm, epsilons[1])
             rotate_one(projected[row, before + rank : before + row_dim], cos[row], sin[row], new[rank:])

@@ -47,7 +47,6 @@ def compile_latent_prompt(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callab
         epsilons: Any,
         matrices: Any,
         panels: Any,
-        layer: Any,
         scale: Any,
         cos: Any,
         sin: Any,
@@ -64,11 +63,11 @@ def compile_latent_prompt(shape: LatentShape, kinds: tuple[Kind, ...]) -> Callab
     ) -> None:
         num_rows, end = hidden.shape[0], positions[-1] + 1
         queries = expanded if query_rank else projected
-        cached = latents[layer, slots[0], 0]
+        cached = latents[slots[0], 0]
         if half != 2:
             read(
                 *(hidden, mlp_in, layer_norms[0], layer_epsilons[0], query_norm, latent_norm, epsilons),
-                *(matrices, panels, layer, cos, sin, latents, slots, positions, projected, queries),
+                *(matrices, panels, cos, sin, latents, slots, positions, projected, queries),
             )
             expand(
                 *(matrices[5, 0, :1], matrices[5, 1, :1], matrices[5, 2, :1], np.array([0, end - begin]), panels[5]),

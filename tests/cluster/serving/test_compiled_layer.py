@@ -199,7 +199,7 @@ def test_what_a_step_writes_is_what_a_prompt_would_have_written(case: str) -> No
     torch.testing.assert_close(one[0].double(), layer.expected(hidden_TH), atol=2e-5, rtol=1e-4)
     whole = layer.slot_with(hidden_TH)
     for name in ("key", "value"):
-        rows = [getattr(each.arena, name)[LAYER, each.index, :, : len(hidden_TH)] for each in (slot, whole)]
+        rows = [getattr(each.arena, name)[LAYER][each.index, :, : len(hidden_TH)] for each in (slot, whole)]
         torch.testing.assert_close(rows[0], rows[1], atol=1e-5, rtol=1e-5)
     assert not slot.arena.key[1 - LAYER].any()
 

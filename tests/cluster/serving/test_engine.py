@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cluster.serving.engine import Engine
+from cluster.serving.kv_cache import Arena
 from cluster.serving.model_runner import OverlapThresholds
 from cluster.serving.request import SamplingParams, TokenEvent
 from cluster.serving.skeleton import ModelSkeleton
@@ -241,6 +242,22 @@ def test_a_lost_group_fails_only_those_in_the_step(
         assert "group 3" in (listener.last.error or "")
         assert len(generate(engine, [prompt], GREEDY)[0]) == 12
         assert engine.stats().kv_cache_usage == 0.0
+
+
+def test_a_request_for_whose_cache_there_is_no_memory_fails(
+    connected_skeleton: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeleton, _ = connected_skeleton("mixtral")
+    (prompt,) = random_prompts(5)
+    with running_engine(skeleton) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(Arena, "_zeros", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+            listener = Listener()
+            engine.submit(prompt, GREEDY, listener)
+            listener.wait()
+        assert (listener.last.finish_reason, listener.last.error_status) == ("error", 500)
+        assert "lower engine.kv_cache_memory" in (listener.last.error or "")
+        assert len(generate(engine, [prompt], GREEDY)[0]) == 12
 
 
 def test_limits_that_contradict_are_refused(connected_skeleton: Connect) -> None:

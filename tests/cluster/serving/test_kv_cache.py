@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+import weakref
+
 import pytest
 import torch
 
-from cluster.serving.kv_cache import KVCache, KVLayout, Slot
+from cluster.serving.kv_cache import Arena, KVCache, KVLayout, Slot
 from experts.errors import ConfigError
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, key_dim=4, value_dim=3, dtype=torch.float32, device=torch.device("cpu"))
@@ -20,13 +23,13 @@ def cache_of(tokens: int, *, layout: KVLayout = LAYOUT, max_num_seqs: int = 8, m
 
 def fill(slot: Slot, length: int, value: float) -> None:
     slot.length = length
-    slot.arena.key[:, slot.index, :, :length] = value
-    slot.arena.value[:, slot.index, :, :length] = value
+    for layer in (*slot.arena.key, *slot.arena.value):
+        layer[slot.index, :, :length] = value
 
 
 def holds(slot: Slot, value: float) -> bool:
-    rows = (slot.arena.key[:, slot.index, :, : slot.length], slot.arena.value[:, slot.index, :, : slot.length])
-    return all(bool((tensor == value).all()) for tensor in rows)
+    layers = (*slot.arena.key, *slot.arena.value)
+    return all(bool((layer[slot.index, :, : slot.length] == value).all()) for layer in layers)
 
 
 def allocated(cache: KVCache) -> int:
@@ -70,6 +73,73 @@ def test_never_more_than_its_memory() -> None:
         cache.free(slot)
     assert cache.reserve(slots[0], 600)
     assert allocated(cache) <= cache.memory
+
+
+def test_growing_takes_a_layer_more_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = dataclasses.replace(LAYOUT, num_layers=16)
+    held, most, zeros = [0], [0], Arena._zeros
+
+    def counted(self: Arena, *shape: int) -> torch.Tensor:
+        tensor = zeros(self, *shape)
+        held[0] += tensor.nbytes
+        most[0] = max(most[0], held[0])
+        weakref.finalize(tensor, lambda nbytes: held.__setitem__(0, held[0] - nbytes), tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(Arena, "_zeros", counted)
+    cache = cache_of(24 * 256, layout=layout, max_num_seqs=100)
+    slots = []
+    while (slot := cache.allocate(200)) is not None:
+        slots.append(slot)
+    for slot in slots[::2]:
+        cache.free(slot)
+    assert cache.reserve(slots[1], 1000)
+    assert len(slots) == 24
+    assert most[0] <= cache.memory * (1 + 1 / layout.num_layers)
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, LATENT])
+def test_nobody_finds_what_another_sequence_left(layout: KVLayout) -> None:
+    """Not even where it is masked: a weight of 0 times a NaN is a NaN."""
+    cache = cache_of(8192, layout=layout)
+    first, ill, last = (cache.allocate(100) for _ in range(3))
+    assert first is not None
+    assert ill is not None
+    assert last is not None
+    fill(first, 10, 1.0)
+    fill(ill, 100, float("nan"))
+    fill(last, 20, 2.0)
+    cache.free(ill)  # its place is the last one's now
+    assert holds(last, 2.0)
+    assert cache.reserve(first, 300)
+    healed = cache.reserve(last, 300), cache.allocate(50), cache.allocate(50)
+    assert all(healed)
+    for arena in cache.arenas:
+        for value in arena.value:
+            assert value[: len(arena.slots)].isfinite().all()
+
+
+def test_a_device_with_less_memory_than_promised_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, zeros = cache_of(8192), Arena._zeros
+    slot = cache.allocate(100)
+    assert slot is not None
+    fill(slot, 100, 3.0)
+    asked = []
+
+    def scarce(self: Arena, num_slots: int, dim: int) -> torch.Tensor:
+        asked.append(num_slots)
+        if len(asked) > 3:  # in the middle of the second layer
+            raise torch.OutOfMemoryError("no memory")
+        return zeros(self, num_slots, dim)
+
+    monkeypatch.setattr(Arena, "_zeros", scarce)
+    assert cache.allocate(100) is None
+    monkeypatch.undo()
+    assert holds(slot, 3.0)
+    other = cache.allocate(100)
+    assert other is not None
+    fill(other, 100, 4.0)
+    assert holds(slot, 3.0)
 
 
 def test_what_one_length_no_longer_needs_serves_another() -> None:
