@@ -68,7 +68,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": _LATENT | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     "deepseek_v3": _LATENT | {"n_group": 4, "topk_group": 2},
-    "kimi_k2": _LATENT | {"n_group": 1, "topk_group": 1, "n_routed_experts": 12, "num_experts_per_tok": 4},
+    "kimi_k2": _LATENT
+    | {
+        "n_group": 1,
+        "topk_group": 1,
+        "n_routed_experts": 384,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 8,
+        "routed_scaling_factor": 2.827,
+    },
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
     "qwen2_moe": {
         "moe_intermediate_size": 32,

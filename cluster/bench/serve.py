@@ -15,8 +15,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +29,7 @@ from cluster.bench.checkpoints import PRESETS, preset_checkpoint
 from cluster.bench.load import Measurement, RequestTiming, build_prompts, send_load, summarise
 from cluster.bench.processes import child_process, interruptible, log_tail
 from cluster.bench.servers import OURS, check_name, expertmesh_server, vllm_server
+from cluster.bench.step_times import shares_of, step_seconds
 from experts.errors import ConfigError, MeshError
 
 DEFAULT_SERVERS = (
@@ -41,6 +42,14 @@ DEFAULT_SERVERS = (
 VLLM_PYTHON_VARIABLE = "EXPERTMESH_BENCH_VLLM_PYTHON"
 TRANSFORMERS_TIMEOUT_S = 1200
 FIGURES = ("output_tokens_per_s", "ttft_ms_p50", "itl_ms_p50", "itl_ms_p99", "e2e_ms_p50")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wave:
+    """time_shares: of our servers, what the wall time went to: parts of the engine's steps, and what is between them"""
+
+    figures: Measurement
+    time_shares: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +130,7 @@ def _run_checkpoint(
     bench: ServeBench, name: str, directory: Path, workdir: Path, console: Console
 ) -> list[dict[str, Any]]:
     vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
-    measured: dict[tuple[str, int], list[Measurement]] = {}
+    measured: dict[tuple[str, int], list[Wave]] = {}
     absent: dict[str, str] = {}
     for round_index in range(bench.rounds):
         for server in bench.servers:
@@ -131,14 +140,14 @@ def _run_checkpoint(
             try:
                 with console.status(f"{label}: starting"):
                     waves = _waves(bench, vocab_size, seed=round_index)
-                    timings = _measure(bench, server, directory, waves, workdir)
+                    outcome = _measure(bench, server, directory, waves, workdir)
             except MeshError as error:
                 absent[server] = str(error)
                 console.print(f"{label}: absent: {error}", style="yellow", markup=False)
                 continue
-            for streams, wave_timings in timings.items():
-                result = summarise(wave_timings)
-                measured.setdefault((server, streams), []).append(result)
+            for streams, wave in outcome.items():
+                result = wave.figures
+                measured.setdefault((server, streams), []).append(wave)
                 console.print(
                     f"{label}: {streams} streams, {result.output_tokens_per_s:.1f} tok/s, "
                     f"first token {result.ttft_ms_p50:.0f} ms, then {result.itl_ms_p50:.1f} ms"
@@ -148,9 +157,13 @@ def _run_checkpoint(
         for streams in bench.streams:
             row: dict[str, Any] = {"server": server, "checkpoint": name, "streams": streams}
             if results := measured.get((server, streams)):
-                medians = [asdict(result) for result in results]
+                medians = [asdict(wave.figures) for wave in results]
                 row |= {key: round(statistics.median(m[key] for m in medians), 3) for key in FIGURES}
                 row["rounds"] = len(results)
+                if parts := results[0].time_shares:
+                    row["time_shares"] = {
+                        part: round(statistics.median(wave.time_shares[part] for wave in results), 3) for part in parts
+                    }
             if server in absent:
                 row["absent"] = absent[server]
             rows.append(row)
@@ -177,8 +190,8 @@ def _measure(
     directory: Path,
     waves: Sequence[tuple[int, list[list[int]]]],
     workdir: Path,
-) -> dict[int, list[RequestTiming]]:
-    """Timings of one server's measured waves by concurrency; raises MeshError where it cannot run."""
+) -> dict[int, Wave]:
+    """One server's measured waves by concurrency; raises MeshError where it cannot run."""
     if server.startswith("transformers-"):
         mode = server.removeprefix("transformers-")
         return _measure_transformers(mode, directory, waves, workdir, bench)
@@ -195,10 +208,14 @@ def _measure(
             peer = vllm_server(server, bench.vllm_python, directory, dtype=dtype)
             url = stack.enter_context(peer.running(workdir))
         # The measured wave of a concurrency overwrites its warm-up.
-        return {
-            streams: asyncio.run(send_load(url, prompts, max_tokens=bench.output_tokens, streams=streams))
-            for streams, prompts in waves
-        }
+        return {streams: _send(url, prompts, bench, streams) for streams, prompts in waves}
+
+
+def _send(url: str, prompts: list[list[int]], bench: ServeBench, streams: int) -> Wave:
+    before = step_seconds(url)
+    timings = asyncio.run(send_load(url, prompts, max_tokens=bench.output_tokens, streams=streams))
+    wall_s = max(t.token_times[-1] for t in timings) - min(t.sent for t in timings)
+    return Wave(figures=summarise(timings), time_shares=shares_of(before, step_seconds(url), wall_s))
 
 
 def _measure_transformers(
@@ -207,7 +224,7 @@ def _measure_transformers(
     waves: Sequence[tuple[int, list[list[int]]]],
     workdir: Path,
     bench: ServeBench,
-) -> dict[int, list[RequestTiming]]:
+) -> dict[int, Wave]:
     """transformers has no queue of ours: a wave is cut into batches of its concurrency."""
     batches = [
         (index, streams, prompts[start : start + streams])
@@ -237,7 +254,7 @@ def _measure_transformers(
                 RequestTiming(sent=t["sent"], token_times=tuple(t["token_times"]), num_tokens=len(t["token_times"]))
                 for t in batch
             )
-    return timings
+    return {streams: Wave(figures=summarise(wave_timings)) for streams, wave_timings in timings.items()}
 
 
 def _cpu_model() -> str:

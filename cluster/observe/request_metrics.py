@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 _FIRST_TOKEN_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -25,8 +25,27 @@ _REQUEST_S = (
 )
 
 
+STEP_SECONDS = "engine_step_seconds"
+"""A counter of our own: what the engine's steps spend their time on."""
+
+
+class StepTimes(Protocol):
+    """See `cluster.serving.engine.StepTimes`."""
+
+    @property
+    def total_s(self) -> float: ...
+    @property
+    def attention_s(self) -> float: ...
+    @property
+    def router_send_s(self) -> float: ...
+    @property
+    def router_wait_s(self) -> float: ...
+    @property
+    def sampling_s(self) -> float: ...
+
+
 class EngineStats(Protocol):
-    """The engine now: sequences in a batch, sequences queued, share of the KV cache in use (0 to 1)."""
+    """The engine now: sequences in a batch, sequences queued, share of the KV cache in use (0 to 1); its steps."""
 
     @property
     def running(self) -> int: ...
@@ -34,6 +53,8 @@ class EngineStats(Protocol):
     def waiting(self) -> int: ...
     @property
     def kv_cache_usage(self) -> float: ...
+    @property
+    def times(self) -> StepTimes: ...
 
 
 class RequestMetrics:
@@ -105,3 +126,19 @@ class _EngineGauges:
             gauge = GaugeMetricFamily(f"vllm:{name}", about, labels=("model_name",))
             gauge.add_metric((self._model_name,), value)
             yield gauge
+        times = stats.times
+        parts = {
+            "attention": times.attention_s,
+            "router_send": times.router_send_s,
+            "router_wait": times.router_wait_s,
+            "sampling": times.sampling_s,
+        }
+        seconds = CounterMetricFamily(
+            STEP_SECONDS,
+            "Seconds of the engine's steps: attention (on a CPU with its projections and norms), gate and sending, "
+            "waiting for experts after the shared ones, sampling, and the rest.",
+            labels=("model_name", "part"),
+        )
+        for part, spent_s in (*parts.items(), ("other", max(0.0, times.total_s - sum(parts.values())))):
+            seconds.add_metric((self._model_name, part), spent_s)
+        yield seconds

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from cluster.serving.engine import StepTimes
 from cluster.serving.health import Health
 from cluster.serving.openai_api import create_app
 from cluster.serving.request import SamplingParams, TokenEvent, TokenLogprob
@@ -48,11 +49,15 @@ class Sequence_:
     num_tokens: int = 0
 
 
+TIMES = StepTimes(total_s=10.0, attention_s=1.0, router_send_s=2.0, router_wait_s=4.0, sampling_s=0.5)
+
+
 @dataclass(frozen=True)
 class Stats:
     running: int
     waiting: int
     kv_cache_usage: float = 0.25
+    times: StepTimes = TIMES
 
 
 @dataclass

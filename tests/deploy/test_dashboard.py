@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.observe.expert_metrics import ExpertMetrics
 from cluster.observe.request_metrics import RequestMetrics
+from cluster.serving.engine import StepTimes
 from router_service.counters import RouterCounters
 from router_service.gating.capacity import CapacityGate
 from router_service.gating.gate import GateOutput
@@ -29,7 +30,7 @@ def no_gate(*_: object) -> GateOutput:
 def exported() -> dict[str, set[str]]:
     """Label names of every metric in a scrape after some traffic."""
     registry = CollectorRegistry()
-    stats = SimpleNamespace(running=1, waiting=0, kv_cache_usage=0.5)
+    stats = SimpleNamespace(running=1, waiting=0, kv_cache_usage=0.5, times=StepTimes())
     RequestMetrics(registry, model_name="m", stats=lambda: stats).finished("stop", 1.0)
     replica = GroupReplica(group=0, replica="r", node="n", address="a")
     table = PlacementTable(version=1, num_groups=1, holders={0: ((0,),)}, replicas=(replica,))

@@ -58,6 +58,8 @@ def test_tokens_equal_generate(
         (1, "grpc", False),
         (2, "grpc", False),
         (4, "grpc", False),
+        (1, "grpc", True),
+        (2, "grpc", True),
         (4, "grpc", True),
         (1, "in_process", False),
         (2, "in_process", False),

@@ -15,6 +15,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.shared import ErrorObject
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.bench.step_times import shares_of, step_seconds
 from cluster.serving.health import GroupHealth, Health
 from cluster.serving.openai_api import create_app
 from cluster.serving.request import TokenEvent
@@ -428,6 +429,16 @@ def test_metrics(api) -> None:
     assert samples["vllm:request_queue_time_seconds_sum", None].value == pytest.approx(0.003)
     assert samples["vllm:kv_cache_usage_perc", None].value == 0.25
     assert all(sample.labels["model_name"] == MODEL for sample in samples.values())
+
+
+def test_metrics_say_what_the_steps_spent_their_time_on(api) -> None:
+    spent = step_seconds(str(api.http.base_url))
+    assert spent == {"attention": 1.0, "router_send": 2.0, "router_wait": 4.0, "sampling": 0.5, "other": 2.5}
+    before = dict.fromkeys(spent, 0.5)
+    shares = shares_of(before, spent, 20.0)
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert (shares["router_wait"], shares["between_steps"]) == (pytest.approx(0.175), pytest.approx(0.625))
+    assert shares_of({}, step_seconds("http://127.0.0.1:1"), 20.0) == {}
 
 
 def test_api_keys(scripted_engine, tokenizer, serve) -> None:
