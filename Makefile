@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 serve: $(READY) ## serve the demo model on 127.0.0.1 (PORT=8000) until Ctrl-C
 	@exec $(BIN)/expertmesh serve deploy/mesh.yaml --port $(PORT)
 
-test: $(READY) ## lint, types, import rule, and the whole suite (no GPU needed)
+test: $(READY) ## lint, types, import rule, and all tests but the two below (no GPU needed)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest -m "not slow and not kubernetes" $(PYTEST_ARGS)
 
 test-slow: $(READY) ## the long proofs

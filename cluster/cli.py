@@ -18,7 +18,7 @@ _COMMANDS = {
     "plan": ("cluster.planner.command:command", "What a model needs, before a GPU is booked."),
     "doctor": ("cluster.doctor.command:command", "Check this machine and a mesh.yaml before serving."),
     "warmup": ("cluster.commands.warmup:command", "Compile and tune the GPU kernels once."),
-    "bench": ("cluster.bench.app:app", "Benchmarks: serve, experts, dispatch."),
+    "bench": ("cluster.bench.app:app", "Benchmarks, one command each."),
     "k8s": ("cluster.kubernetes.app:app", "Status, apply and scale on Kubernetes."),
     "version": ("cluster.commands.version:command", "Print the version."),
 }

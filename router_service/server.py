@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -39,15 +41,16 @@ _OPTIONS = (
 )
 # Of calls without a deadline, to which gRPC gives one that is centuries away.
 _LONGEST_S = 86_400.0
-# How often a watch of the placement looks whether its caller is still there.
+# How often who waits for a placement looks whether that is still wanted.
 _WATCH_S = 1.0
 
 
 class RouterServer:
     """Serves one router on `host:port` (0: a free port), with standard health checking and reflection.
 
-    A unary call's deadline and cancellation reach the experts. The calls of a stream share the router's own streams
-    and are answered in the order they came; open several streams to have several calls out at once.
+    The deadline and the cancellation of an RPC, a stream like any other, reach the experts. The calls of a stream are
+    answered in the order they came; open several streams to have several calls out at once. Health is NOT_SERVING
+    until the router has a placement table.
 
     address: host:port that it listens on
 
@@ -77,35 +80,47 @@ class RouterServer:
         except RuntimeError:
             raise ConfigError(f"cannot listen on {host}:{port}; is the port taken?") from None
         self.address = f"{host}:{bound}"
+        self._stopping = threading.Event()
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def start(self) -> None:
         """Begin to answer."""
+        if self._router.table is not None:
+            self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        else:
+            threading.Thread(target=self._await_table, name="router-health", daemon=True).start()
         self._server.start()
-        for service in ("", SERVICE):
-            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self, grace_s: float = 10.0) -> None:
         """Tell health watchers, give calls that are out `grace_s` to end, close everything."""
+        self._stopping.set()
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_s).wait()
 
-    def _begin(self, call: RouterCall, timeout_s: float | None) -> Pending | SmallBatch:
+    def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", SERVICE):
+            self._health.set(service, status)
+
+    def _await_table(self) -> None:
+        while not self._stopping.is_set():
+            if self._router.wait_table(None, _WATCH_S) is not None:
+                self._set_health(health_pb2.HealthCheckResponse.SERVING)
+                return
+
+    def _begin(self, call: RouterCall, timeout_s: float) -> Pending | SmallBatch:
         if call.expert_ids_TK is None or call.weights_TK is None:
             return self._router.route(call.layer, call.hidden_TH, timeout_s=timeout_s)
         return self._router.dispatch(
             call.layer, call.hidden_TH, call.expert_ids_TK, call.weights_TK, timeout_s=timeout_s
         )
 
+    def _combined(self, call: RouterCall, rpc: _Rpc) -> bytes:
+        return encode_combined(call.call_id, rpc.result(self._begin(call, rpc.left_s)))
+
     def _unary(self, decode: Callable[[bytes], RouterCall]) -> Callable[[bytes, grpc.ServicerContext], bytes]:
         def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
             try:
-                call = decode(request)
-                # A limit makes every call to a group an RPC of its own, which gRPC can cancel.
-                left_s = context.time_remaining()
-                pending = self._begin(call, _LONGEST_S if left_s is None else min(left_s, _LONGEST_S))
-                if not context.add_callback(pending.cancel):
-                    pending.cancel()  # the caller went away meanwhile
-                return encode_combined(call.call_id, pending.result())
+                return self._combined(decode(request), _Rpc(context))
             except (RequestError, GroupUnavailable, TimeoutError) as error:
                 context.abort(_code(error), str(error))
                 raise AssertionError("abort raises") from None
@@ -113,10 +128,10 @@ class RouterServer:
         return answer
 
     def _stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        rpc = _Rpc(context)
         for request in requests:
             try:
-                call = decode_stream(request)
-                yield encode_combined(call.call_id, self._begin(call, None).result())
+                yield self._combined(decode_stream(request), rpc)
             except (RequestError, GroupUnavailable, TimeoutError) as error:
                 yield encode_failure(stream_call_id(request), _code(error).value[0], str(error))
 
@@ -136,6 +151,37 @@ class RouterServer:
             if newer is not table and newer is not None:
                 table = newer
                 yield encode_placement(table)
+
+
+class _Rpc:
+    """An RPC, and the call that it has out, which is cancelled when the RPC ends."""
+
+    def __init__(self, context: grpc.ServicerContext) -> None:
+        self._context = context
+        self._pending: Pending | SmallBatch | None = None
+        self._ended = not context.add_callback(self._end)
+
+    @property
+    def left_s(self) -> float:
+        """Its time remaining; it makes every call to a group an RPC of its own, which gRPC can cancel."""
+        left_s = self._context.time_remaining()
+        return _LONGEST_S if left_s is None else min(left_s, _LONGEST_S)
+
+    def result(self, pending: Pending | SmallBatch) -> torch.Tensor:
+        """What `pending` gives. Raises TimeoutError where the RPC ended first."""
+        self._pending = pending
+        if self._ended:
+            pending.cancel()
+        try:
+            return pending.result()
+        finally:
+            self._pending = None
+
+    def _end(self) -> None:
+        # In this order, and `result` in the other, one of the two sees a call that begins now.
+        self._ended = True
+        if (pending := self._pending) is not None:
+            pending.cancel()
 
 
 def _code(error: Exception) -> grpc.StatusCode:

@@ -49,7 +49,8 @@ _OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
-# From here on (both ways together), copying through shared memory costs less than through two sockets.
+# From here on (both ways together), copying through shared memory costs less than through two sockets: printed by
+# `expertmesh bench dispatch`.
 SHARED_BYTES = 128 * 1024
 
 
@@ -76,7 +77,8 @@ class Reply(Protocol):
 class _Connection:
     """A stream, and a channel for calls with a time limit. Dies with the stream; the client then opens another."""
 
-    def __init__(self, name: str, address: str) -> None:
+    def __init__(self, name: str, address: str, shared_bytes: float) -> None:
+        self._shared_bytes = shared_bytes
         self._where = f"{name} at {address}" if name != address else address
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._forward = self._channel.unary_unary(f"/{_SERVICE}/Forward")
@@ -100,7 +102,7 @@ class _Connection:
 
     def segment(self, nbytes: int) -> Segment | None:
         """Shared memory for a call, or None where the call is small or the peer elsewhere."""
-        return self._segments.take(nbytes) if self._same_machine and nbytes >= SHARED_BYTES else None
+        return self._segments.take(nbytes) if self._same_machine and nbytes >= self._shared_bytes else None
 
     def give_back(self, segment: Segment) -> None:
         """No call uses it after all."""
@@ -217,14 +219,20 @@ class ExpertClient:
 
     hidden_dtype: what hidden states travel in; None: their own (float8_e4m3fn: see `encode_frame`)
     reply_dtype:  what partial sums travel in; None: what the hidden states come in
+    shared_bytes: from how many bytes on, both ways together, payloads stay in shared memory; inf: never
     """
 
     def __init__(
-        self, *, hidden_dtype: torch.dtype | None = None, reply_dtype: torch.dtype | None = torch.float32
+        self,
+        *,
+        hidden_dtype: torch.dtype | None = None,
+        reply_dtype: torch.dtype | None = torch.float32,
+        shared_bytes: float = SHARED_BYTES,
     ) -> None:
         compiled_writer(), compiled_reader()  # now, rather than in the first call
         self._hidden_dtype = hidden_dtype
         self._reply_dtype = reply_dtype
+        self._shared_bytes = shared_bytes
         self._lock = threading.Lock()
         self._connections: dict[str, _Connection] = {}
         self._call_ids = itertools.count(1)
@@ -279,5 +287,5 @@ class ExpertClient:
             if connection is None or not connection.alive:
                 if connection is not None:
                     connection.close("the connection was lost")
-                connection = self._connections[name] = _Connection(name, address)
+                connection = self._connections[name] = _Connection(name, address, self._shared_bytes)
             return connection

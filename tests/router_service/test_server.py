@@ -1,5 +1,6 @@
 import dataclasses
 import threading
+from queue import SimpleQueue
 
 import grpc
 import pytest
@@ -174,15 +175,17 @@ class Stuck:
         return self.group.forward(call)
 
 
-def test_deadlines_and_cancellation_reach_the_experts(make_mesh, gate):
+@pytest.fixture
+def stuck_mesh(make_mesh, gate):
+    """(group that is stuck, an event for each RPC to it, set when that ended, router, stub of its RouterService)"""
     mesh = make_mesh(num_groups=1)
     stuck = Stuck(mesh.groups[mesh.replica(0)])
-    seen = []
+    ends = []
 
     class Watching(ExpertServer):
         def _forward(self, request, context):
             ended = threading.Event()
-            seen.append(ended)
+            ends.append(ended)
             context.add_callback(ended.set)
             return super()._forward(request, context)
 
@@ -193,28 +196,58 @@ def test_deadlines_and_cancellation_reach_the_experts(make_mesh, gate):
     router.update(dataclasses.replace(mesh.table, replicas=(replica,)))
     server = RouterServer(router)
     server.start()
+    with grpc.insecure_channel(server.address) as channel:
+        yield stuck, ends, router, router_pb2_grpc.RouterServiceStub(channel)
+    stuck.go.set()
+    server.stop(0)
+    router.close()
+    expert.stop(0)
+
+
+def test_deadlines_and_cancellation_reach_the_experts(stuck_mesh):
+    stuck, ends, router, stub = stuck_mesh
     request = pb.RouteRequest(hidden=tensor(torch.ones(1, 8)))
-    try:
-        with grpc.insecure_channel(server.address) as channel:
-            stub = router_pb2_grpc.RouterServiceStub(channel)
-            with pytest.raises(grpc.RpcError) as caught:
-                stub.Forward(request, timeout=0.3)
-            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            assert seen[0].wait(10), "the expert's RPC outlived the caller's deadline"
-            stuck.entered.clear()
-            call = stub.Forward.future(request)
-            assert stuck.entered.wait(10)
-            call.cancel()
-            assert seen[1].wait(10), "the expert's RPC outlived its caller"
-            # Neither made the replica look lost: the next call is served at once.
-            stuck.go.set()
-            stub.Forward(request, timeout=10)
-            assert router.counters.failovers == 0
-    finally:
-        stuck.go.set()
-        server.stop(0)
-        router.close()
-        expert.stop(0)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Forward(request, timeout=0.3)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert ends[0].wait(10), "the expert's RPC outlived the caller's deadline"
+    stuck.entered.clear()
+    call = stub.Forward.future(request)
+    assert stuck.entered.wait(10)
+    call.cancel()
+    assert ends[1].wait(10), "the expert's RPC outlived its caller"
+    # Neither made the replica look lost: the next call is served at once.
+    stuck.go.set()
+    stub.Forward(request, timeout=10)
+    assert router.counters.failovers == 0
+
+
+def test_a_streams_deadline_and_cancellation_reach_the_experts(stuck_mesh):
+    stuck, ends, router, stub = stuck_mesh
+    request = pb.StreamRequest(route=pb.RouteRequest(hidden=tensor(torch.ones(1, 8))))
+    # Both are kept open: what ends them is the deadline, or the cancellation.
+    calls, more = SimpleQueue(), SimpleQueue()
+    calls.put(request)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Stream(iter(calls.get, None), timeout=0.3))
+    calls.put(None)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert ends[0].wait(10), "the expert's RPC outlived the stream's deadline"
+    stuck.entered.clear()
+    stream = stub.Stream(iter(more.get, None))
+    # A call that was answered, badly here, is not what the stream has out.
+    more.put(pb.StreamRequest())
+    assert next(stream).failure.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    more.put(request)
+    assert stuck.entered.wait(10)
+    stream.cancel()
+    assert ends[1].wait(10), "the expert's RPC outlived the stream"
+    more.put(None)
+    # Neither made the replica look lost: the next stream is served at once.
+    stuck.go.set()
+    (reply,) = stub.Stream(iter([request]), timeout=10)
+    assert read(reply).shape == (1, 8)
+    assert router.counters.failovers == 0
 
 
 def test_an_unavailable_group_is_unavailable(make_mesh, gate):
@@ -238,6 +271,24 @@ def test_health_and_reflection(channel):
     ask = reflection_pb2.ServerReflectionRequest(list_services="")
     (listed,) = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([ask]))
     assert service in {each.name for each in listed.list_services_response.service}
+
+
+def test_health_waits_for_the_first_placement(mesh):
+    router = Router(mesh.transport, {}, recovery_timeout_s=1.0)
+    server = RouterServer(router)
+    server.start()
+    with grpc.insecure_channel(server.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        requests = [
+            health_pb2.HealthCheckRequest(service=service) for service in ("", "expertmesh.router.v1.RouterService")
+        ]
+        watches = [health.Watch(request, timeout=20) for request in requests]
+        assert [next(watch).status for watch in watches] == [health_pb2.HealthCheckResponse.NOT_SERVING] * 2
+        router.update(mesh.table)
+        assert [next(watch).status for watch in watches] == [health_pb2.HealthCheckResponse.SERVING] * 2
+        server.stop(0)
+        assert [next(watch).status for watch in watches] == [health_pb2.HealthCheckResponse.NOT_SERVING] * 2
+    router.close()
 
 
 def test_a_taken_port_is_an_error_that_names_it(router):

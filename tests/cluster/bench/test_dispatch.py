@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from cluster.bench.dispatch import DispatchBench, run
+from cluster.bench.dispatch import run
+from cluster.bench.dispatch_case import DispatchBench
 from experts.errors import ConfigError
 
 
@@ -20,9 +21,13 @@ def test_rows_and_summary_hold_what_they_promise():
         assert row["total_us"] == pytest.approx(row["gate_us"] + row["plan_us"] + row["combine_us"], abs=0.2)
     for row in sent:
         assert row["ratio_to_echo"] == pytest.approx(row["p50_us"] / row["echo_p50_us"], rel=0.01)
+        without, sharing = row["without_shared_memory_us"], row["with_shared_memory_us"]
+        assert row["without_shared_memory_ratio"] == pytest.approx(without / sharing, rel=0.01)
     # A token's two experts are on one or two of the peers.
     assert 64 * 4 <= sent[0]["bytes_each_way"] < 2 * 64 * 4 + 300
     assert result["summary"]["max_ratio_to_echo"] == max(row["ratio_to_echo"] for row in sent)
+    ratios = {str(row["tokens"]): row["without_shared_memory_ratio"] for row in sent}
+    assert result["summary"]["without_shared_memory_ratio"] == ratios
     assert set(result["summary"]["gate_plan_combine_us_per_token"]) == {"1", "3"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import threading
 
@@ -73,6 +74,18 @@ def test_a_large_call_carries_places_and_a_small_one_data(
     assert max(sent[1], sent[3]) < 200 + scales
     assert left_behind() == before, "a segment loses its name with its first answer"
     experts.close()
+
+
+def test_the_caller_may_share_everything_or_nothing(
+    loaded_group: ExpertGroup, server: ExpertServer, sent: list[int]
+) -> None:
+    for shared_bytes, call in ((0, make_call(3)), (math.inf, make_call(LARGE))):
+        experts = ExpertClient(shared_bytes=shared_bytes)
+        got = experts.send("group", server.address, call).result(30)
+        torch.testing.assert_close(got, loaded_group.forward(call), rtol=0, atol=0)
+        experts.close()
+    assert sent[0] < 200
+    assert sent[1] > make_call(LARGE).hidden_TH.nbytes
 
 
 def test_answers_survive_the_reuse_of_their_segment(loaded_group: ExpertGroup, server: ExpertServer) -> None:

@@ -39,14 +39,14 @@ def test_equals_the_groups_in_process_bit_for_bit(mesh, make_router, num_tokens)
         assert torch.equal(make_router(node).dispatch(0, *batch).result(), expected)
 
 
-@pytest.mark.parametrize(("wire_dtype", "tolerance"), [("bf16", 0.02), ("fp8", 0.08)])
+@pytest.mark.parametrize(("wire_dtype", "measured"), [("bf16", 0.0024), ("fp8", 0.028)])
 @pytest.mark.parametrize("node", [None, "elsewhere"])
-def test_narrow_wires_cost_what_they_say(mesh, make_router, wire_dtype, tolerance, node):
+def test_narrow_wires_cost_what_the_readme_says(mesh, make_router, wire_dtype, measured, node):
     batch = mesh.batch(200)
     out = make_router(node, wire_dtype).dispatch(0, *batch).result()
     exact = mesh.experts.reference(*batch)
     error = float((out.double() - exact).norm() / exact.norm())
-    assert 1e-4 < error < tolerance
+    assert measured / 1.5 < error < measured * 1.5
 
 
 def test_a_server_that_dies_is_replaced_and_the_output_is_the_same(mesh, servers, make_router):
