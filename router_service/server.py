@@ -31,6 +31,8 @@ from router_service.wire.v1 import router_pb2 as pb
 SERVICE = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
 
 _MAX_CALLS = 256
+# Of these, so many may watch the placement: each has a thread for as long as it lasts.
+_MAX_WATCHES = 64
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -48,9 +50,10 @@ _WATCH_S = 1.0
 class RouterServer:
     """Serves one router on `host:port` (0: a free port), with standard health checking and reflection.
 
-    The deadline and the cancellation of an RPC, a stream like any other, reach the experts. The calls of a stream are
-    answered in the order they came; open several streams to have several calls out at once. Health is NOT_SERVING
-    until the router has a placement table.
+    The deadline and the cancellation of an RPC reach the experts. A stream without a deadline is the quick way: its
+    calls go to the groups as an engine's do, and the one that is out when it is cancelled is finished for nobody. The
+    calls of a stream are answered in the order they came; open several streams to have several calls out at once.
+    Health is NOT_SERVING until the router has a placement table.
 
     address: host:port that it listens on
 
@@ -81,6 +84,7 @@ class RouterServer:
             raise ConfigError(f"cannot listen on {host}:{port}; is the port taken?") from None
         self.address = f"{host}:{bound}"
         self._stopping = threading.Event()
+        self._watches = threading.Semaphore(_MAX_WATCHES)
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def start(self) -> None:
@@ -107,14 +111,16 @@ class RouterServer:
                 self._set_health(health_pb2.HealthCheckResponse.SERVING)
                 return
 
-    def _begin(self, call: RouterCall, timeout_s: float) -> Pending | SmallBatch:
+    def _begin(self, call: RouterCall, timeout_s: float | None) -> Pending | SmallBatch:
         if call.expert_ids_TK is None or call.weights_TK is None:
             return self._router.route(call.layer, call.hidden_TH, timeout_s=timeout_s)
         return self._router.dispatch(
             call.layer, call.hidden_TH, call.expert_ids_TK, call.weights_TK, timeout_s=timeout_s
         )
 
-    def _combined(self, call: RouterCall, rpc: _Rpc) -> bytes:
+    def _combined(self, call: RouterCall, rpc: _Rpc | None) -> bytes:
+        if rpc is None:
+            return encode_combined(call.call_id, self._begin(call, None).result())
         return encode_combined(call.call_id, rpc.result(self._begin(call, rpc.left_s)))
 
     def _unary(self, decode: Callable[[bytes], RouterCall]) -> Callable[[bytes, grpc.ServicerContext], bytes]:
@@ -128,7 +134,7 @@ class RouterServer:
         return answer
 
     def _stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        rpc = _Rpc(context)
+        rpc = _Rpc(context) if _has_deadline(context) else None
         for request in requests:
             try:
                 yield self._combined(decode_stream(request), rpc)
@@ -145,6 +151,10 @@ class RouterServer:
     def _watch_placement(
         self, request: pb.GetPlacementRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.Placement]:
+        if not self._watches.acquire(blocking=False):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_MAX_WATCHES} watch already; ask with GetPlacement")
+        if not context.add_callback(self._watches.release):  # it has ended already
+            self._watches.release()
         table = None
         while context.is_active():
             newer = self._router.wait_table(table, _WATCH_S)
@@ -182,6 +192,11 @@ class _Rpc:
         self._ended = True
         if (pending := self._pending) is not None:
             pending.cancel()
+
+
+def _has_deadline(context: grpc.ServicerContext) -> bool:
+    left_s = context.time_remaining()
+    return left_s is not None and left_s < _LONGEST_S
 
 
 def _code(error: Exception) -> grpc.StatusCode:

@@ -1,5 +1,6 @@
 import dataclasses
 import threading
+import time
 from queue import SimpleQueue
 
 import grpc
@@ -11,6 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from experts.errors import ConfigError
 from experts.server import ExpertServer
 from experts.wire.v1 import expert_pb2
+from router_service import server as router_server
 from router_service.gating.build import build_gate
 from router_service.gating.gate import GateSpec
 from router_service.router import Router
@@ -160,6 +162,28 @@ def test_placement_can_be_read_and_watched(mesh, router, stub):
     watch.cancel()
 
 
+def test_who_watches_leaves_room_for_calls(stub):
+    def begin():
+        watch = stub.WatchPlacement(pb.GetPlacementRequest())
+        next(watch)
+        return watch
+
+    watches = [begin() for _ in range(router_server._MAX_WATCHES)]
+    with pytest.raises(grpc.RpcError, match="64 watch already") as caught:
+        begin()
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert read(stub.Forward(pb.RouteRequest(hidden=tensor(torch.ones(1, 8))))).shape == (1, 8)
+    for watch in watches:
+        watch.cancel()
+    deadline = time.monotonic() + 20
+    while True:  # the server hears of it a little later
+        try:
+            begin().cancel()
+            break
+        except grpc.RpcError:
+            assert time.monotonic() < deadline
+
+
 class Stuck:
     """A group whose first call waits, and which tells how the later ones came."""
 
@@ -234,7 +258,7 @@ def test_a_streams_deadline_and_cancellation_reach_the_experts(stuck_mesh):
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert ends[0].wait(10), "the expert's RPC outlived the stream's deadline"
     stuck.entered.clear()
-    stream = stub.Stream(iter(more.get, None))
+    stream = stub.Stream(iter(more.get, None), timeout=600)
     # A call that was answered, badly here, is not what the stream has out.
     more.put(pb.StreamRequest())
     assert next(stream).failure.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
