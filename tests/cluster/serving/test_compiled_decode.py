@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from numba import njit
 from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config
 
 from cluster.bench.overlap_peer import build_group
@@ -22,6 +23,7 @@ from cluster.serving.model_runner import ModelRunner, OverlapThresholds
 from cluster.serving.request import SamplingParams
 from cluster.serving.sequence import RunningSequence
 from cluster.serving.skeleton import ModelSkeleton, load_skeleton
+from experts.ops._numba.tickets import take_ticket
 from experts.server import ExpertServer
 from experts.spec import ExpertCall
 from experts.weights.checkpoint import Checkpoint
@@ -223,12 +225,19 @@ def test_threads_change_nothing(family: str, num_threads: int, make_mesh: Callab
         assert ran == [alone.skeleton.model.config.num_hidden_layers] * 10
 
 
-@pytest.mark.parametrize("took", [0, 1])
+@njit
+def take(address: int) -> int:
+    number: int = take_ticket(address)
+    return number
+
+
+@pytest.mark.parametrize("takes", [False, True])
 def test_a_helper_that_fails_fails_the_step(
-    took: int, make_mesh: Callable[..., Mesh], monkeypatch: pytest.MonkeyPatch
+    takes: bool, make_mesh: Callable[..., Mesh], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Be it before the caller has begun, or with a part of the attention that the caller then waits for."""
     mesh = make_mesh("mixtral", 3)
-    step = mesh.decode_step((9, 70, 3, 4, 5, 6))
+    step = mesh.decode_step(tuple([500] * 12))
     expected = mesh.run(step)
     decode = mesh.skeleton._decode
     assert decode is not None
@@ -238,16 +247,22 @@ def test_a_helper_that_fails_fails_the_step(
         assert helping.wait(60)
         return compiled.run(*arguments)
 
-    def fail(_: Any, socket: int, tickets: Any, *rest: Any) -> None:
+    def fail(_: Any, socket: int, tickets: Any, parts: Any, *rest: Any) -> None:
         helping.set()
-        os.read(socket, 1)
-        tickets[0] += took
-        raise MemoryError("no memory for scores")
+        while takes and os.read(socket, 1):
+            if take(tickets.ctypes.data) & 0xFFFFFFFF < parts.shape[1]:
+                raise MemoryError("no memory for scores")
+        if not takes:
+            raise MemoryError("no memory for scores")
+
+    def run_until_it_fails() -> None:
+        for _ in range(200):  # the caller may take all parts
+            mesh.run(step)
 
     with monkeypatch.context() as patch:
         patch.setattr(decode, "_compiled", compiled._replace(run=run, help=fail))
         with pytest.raises(MemoryError, match="no memory for scores"):
-            mesh.run(step)
+            run_until_it_fails()
     assert torch.equal(mesh.run(step), expected)
 
 
