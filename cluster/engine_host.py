@@ -12,11 +12,12 @@ import torch
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from cluster.config.mesh import EngineConfig, MeshConfig, RouterConfig
+from cluster.config.mesh import EngineConfig, MeshConfig
 from cluster.control.client import ControllerClient
 from cluster.control.follow import follow_tables
 from cluster.cores import keep_python_to, own_cores, usable_cores
 from cluster.engine_limits import engine_limits
+from cluster.gate_options import check_gate_options, with_capacity
 from cluster.model_files import expert_backend, open_checkpoint, pick_device, pick_dtype, served_name
 from cluster.observe.expert_metrics import ExpertMetrics
 from cluster.serving.engine import Engine
@@ -30,7 +31,7 @@ from experts.group import ExpertGroup
 from experts.ops.cpu_threads import ThreadTeam
 from experts.spec import ExpertKey
 from experts.weights.checkpoint import Checkpoint
-from experts.weights.layout import ExpertLayout, describe_experts
+from experts.weights.layout import describe_experts
 from experts.wire.own_address import is_own
 from router_service.gating.capacity import CapacityGate
 from router_service.gating.gate import Gate
@@ -97,7 +98,8 @@ class EngineHost:
             table, transport = await asyncio.to_thread(_local_experts, checkpoint, config)
         else:
             table, transport = None, self._transport
-        gates = _with_capacity(skeleton.gates, describe_experts(checkpoint, checkpoint.config()), config.router)
+        experts_per_layer = describe_experts(checkpoint, checkpoint.config()).experts_per_layer
+        gates = with_capacity(skeleton.gates, experts_per_layer, config.router)
         self._router = Router(
             transport,
             gates,
@@ -159,6 +161,7 @@ class EngineHost:
             self._router.close()
 
     def _load(self, checkpoint: Checkpoint) -> tuple[ModelSkeleton, Tokenizer]:
+        check_gate_options(self._config.router, checkpoint.config())
         device = pick_device(self._config.engine.device)
         dtype = pick_dtype(self._config.model.dtype, checkpoint.config(), device)
         if dtype is not torch.float32 and device.type == "cpu":
@@ -217,15 +220,6 @@ def _overlap(engine: EngineConfig) -> OverlapThresholds | None:
     return OverlapThresholds(
         decode_tokens=engine.dbo_decode_token_threshold, prefill_tokens=engine.dbo_prefill_token_threshold
     )
-
-
-def _with_capacity(gates: Mapping[int, Gate], layout: ExpertLayout, router: RouterConfig) -> Mapping[int, Gate]:
-    if router.capacity_factor is None:
-        return gates
-    return {
-        layer: CapacityGate(gate, layout.experts_per_layer[layer], router.capacity_factor, router.overflow)
-        for layer, gate in gates.items()
-    }
 
 
 def _local_experts(checkpoint: Checkpoint, config: MeshConfig) -> tuple[PlacementTable, Transport]:

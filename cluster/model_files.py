@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cluster.config.mesh import MeshConfig, ModelConfig
+from cluster.gate_options import check_gate_options
 from cluster.serving import checkpoint_source
 from experts.errors import ConfigError
 from experts.ops.backend import ExpertBackend, build_backend
@@ -34,12 +35,14 @@ def served_name(model: ModelConfig) -> str:
 
 
 def check_model(config: MeshConfig) -> ExpertLayout:
-    """Read the headers and see that the experts can be spread as asked, before anything is started.
+    """Read the headers and see that the experts can be gated and spread as asked, before anything is started.
 
     Raises CheckpointError, ConfigError.
     """
     checkpoint = open_checkpoint(config.model)
-    layout = describe_experts(checkpoint, checkpoint.config())
+    model_config = checkpoint.config()
+    check_gate_options(config.router, model_config)
+    layout = describe_experts(checkpoint, model_config)
     balanced(
         layout.experts_per_layer,
         config.experts.groups,

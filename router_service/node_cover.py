@@ -9,8 +9,7 @@ from router_service.slot_index import IntArray, SlotIndex
 
 BoolArray = npt.NDArray[np.bool_]
 
-# No group takes more than this times its even share of a batch's rows while another slot could take them; small
-# batches are not worth spreading.
+# Of a group's even share of a batch's rows. Small batches are not worth spreading.
 _LOAD_BOUND = 1.25
 _SMALL_ROWS = 64
 
@@ -21,7 +20,11 @@ class NodeCover:
     For each token: the nodes that alone hold one of its experts, then whichever node covers most of what is left,
     until nothing is; where that took three or more such nodes and some pair would do, the pair. So the number of
     nodes is the least possible unless at least three nodes are needed beyond the ones that cannot be avoided. The
-    router's own node is free and always used. Rows beyond the load bound then go to other slots of their expert.
+    router's own node is free and always used.
+
+    Then rows move away from groups with more than `_LOAD_BOUND` times their even share of the batch's rows, and more
+    than `_SMALL_ROWS`: until such a group has no row left whose expert has another slot in a group with room, that is
+    below the bound. None goes above it for that, and no row moves to make room for another.
 
     index:           slots to choose from, some expert having several
     node_of_group_G: node number of each group
@@ -99,18 +102,24 @@ class NodeCover:
         num_rows = int((expert_R >= 0).sum())
         cap = max(_SMALL_ROWS, int(np.ceil(_LOAD_BOUND * num_rows / num_groups)))
         for turn in range(1, index.slots_of_expert_EJ.shape[1]):
-            group_R = group_of_slot_S[slot_R]
-            load_G = np.bincount(group_R, minlength=num_groups + 1)
-            load_G[num_groups] = 0
-            if load_G.max() <= cap:
-                return
-            over = np.flatnonzero((_rank_in_group(group_R) >= cap) & (group_R < num_groups))
-            slots_J = index.slots_of_expert_EJ[expert_R[over]]
-            now = (slots_J == slot_R[over, None]).argmax(axis=1)
-            other = slots_J[np.arange(len(over)), (now + turn) % index.num_slots_E[expert_R[over]]]
-            room = cap - load_G[group_of_slot_S[other]]
-            moves = (other != slot_R[over]) & (_rank_in_group(group_of_slot_S[other]) < room)
-            slot_R[over[moves]] = other[moves]
+            while True:
+                group_R = group_of_slot_S[slot_R]
+                room_G = cap - np.bincount(group_R, minlength=num_groups + 1)
+                room_G[num_groups] = 0
+                over = np.flatnonzero(room_G[group_R] < 0)
+                if not len(over):
+                    return
+                slots_J = index.slots_of_expert_EJ[expert_R[over]]
+                now = (slots_J == slot_R[over, None]).argmax(axis=1)
+                other = slots_J[np.arange(len(over)), (now + turn) % index.num_slots_E[expert_R[over]]]
+                source, target = group_R[over], group_of_slot_S[other]
+                moves = np.flatnonzero(room_G[target] > 0)
+                # Room only shrinks: what finds none now never will.
+                if not len(moves):
+                    break
+                moves = moves[_rank_in_group(source[moves]) < -room_G[source[moves]]]
+                moves = moves[_rank_in_group(target[moves]) < room_G[target[moves]]]
+                slot_R[over[moves]] = other[moves]
 
 
 def _rank_in_group(group_R: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:

@@ -42,7 +42,8 @@ class Router:
     node_limit_mode:    "exact" chooses among the replicas of each expert so that a token touches as few nodes as can
                         be, more than the limit where its experts are nowhere else; outputs are those without limit.
                         "restrict" also lets a token use only experts on its best nodes, as DeepSeek-V2 does with
-                        devices (`NodeLimit`): outputs change; `dispatch`, whose caller chose, is not restricted
+                        devices (`NodeLimit`; on further nodes where these hold too few): outputs change; `dispatch`,
+                        whose caller chose, is not restricted
     """
 
     def __init__(

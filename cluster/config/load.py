@@ -11,6 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from cluster.config.contradictions import contradictions
 from cluster.config.mesh import MeshConfig
 from experts.errors import ConfigError
 
@@ -66,12 +67,9 @@ def parse_mesh(document: Any, *, origin: str, root: yaml.Node | None = None) -> 
             for item in error.errors()
         ]
         raise ConfigError("\n".join(dict.fromkeys(problems))) from None
-    if config.engine.enable_dbo and config.router.transport == "in_process":
-        line = _line(root, ("engine", "enable_dbo"))
-        raise ConfigError(
-            f"{origin}{line}: `engine.enable_dbo`: with `router.transport: in_process` experts are never waited for; "
-            "leave one of the two out"
-        )
+    if found := contradictions(config):
+        problems = [f"{origin}{_line(root, key)}: `{'.'.join(key)}`: {problem}" for key, problem in found]
+        raise ConfigError("\n".join(problems))
     return config
 
 

@@ -23,7 +23,7 @@ def check_model_files(config: MeshConfig) -> Iterator[Finding]:
         yield Finding(check="model", status="fail", found=str(error), todo="complete or replace the checkpoint")
         return
     except ConfigError as error:
-        yield Finding(check="model", status="fail", found=str(error), todo="change experts.groups in mesh.yaml")
+        yield Finding(check="model", status="fail", found=str(error), todo="change that in mesh.yaml")
         return
     per_layer = layout.experts_per_layer
     experts = f"{sum(per_layer.values())} experts in {len(per_layer)} layers"

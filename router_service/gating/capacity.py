@@ -18,7 +18,8 @@ Overflow = Literal["drop", "next_best"]
 
 
 class CapacityGate:
-    """Wraps a gate. Experts fill up with all first choices in token order, then all second choices, and so on.
+    """Wraps a gate. Experts fill up with all first choices in token order, then all second choices, and so on. A token
+    with NaN scores keeps its K experts and takes no place in them.
 
     overflow: "drop" leaves the expert out for the token (id -1, weight 0, the other weights as they were);
               "next_best" takes the token's best expert that has room, weighted by the gate's own formula, and drops
@@ -37,25 +38,28 @@ class CapacityGate:
     def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
         seen: list[torch.Tensor] = []
 
-        def look(choice_TE: torch.Tensor) -> torch.Tensor:
-            seen.append(choice_TE if limit is None else limit(choice_TE))
+        def look(choice_TE: torch.Tensor, top_k: int) -> torch.Tensor:
+            seen.append(choice_TE if limit is None else limit(choice_TE, top_k))
             return seen[-1]
 
         first = self._gate(hidden_TH, look)
         num_tokens, top_k = first.expert_ids_TK.shape
         capacity = math.ceil(num_tokens * top_k / self._num_experts * self._factor)
-        over_TK = _rank_in_expert(first.expert_ids_TK, self._num_experts) >= capacity
+        sound_T1 = ~first.weights_TK.isnan().any(dim=1, keepdim=True)
+        # The others queue at an expert that is none.
+        ids_TK = first.expert_ids_TK.masked_fill(~sound_T1, self._num_experts)
+        over_TK = (_rank_in_expert(ids_TK, self._num_experts + 1) >= capacity) & sound_T1
         num_over = int(over_TK.sum())
         if not num_over:
             return first
         if self._overflow == "drop":
             self.dropped += num_over
             return _without(first, over_TK)
-        assigned_TE, num_rerouted = _reroute(seen[0], first.expert_ids_TK, over_TK, capacity)
+        assigned_TE, num_rerouted = _reroute(seen[0], first.expert_ids_TK, over_TK, sound_T1, capacity)
         self.rerouted += num_rerouted
         self.dropped += num_over - num_rerouted
         # Only what was assigned is open, so the gate itself weights it.
-        final = self._gate(hidden_TH, lambda choice_TE: seen[0].masked_fill(~assigned_TE, -math.inf))
+        final = self._gate(hidden_TH, lambda choice_TE, top_k: seen[0].masked_fill(~assigned_TE, -math.inf))
         return _without(final, ~assigned_TE.gather(1, final.expert_ids_TK))
 
 
@@ -75,9 +79,15 @@ def _without(output: GateOutput, dropped_TK: torch.Tensor) -> GateOutput:
 
 
 def _reroute(
-    choice_TE: torch.Tensor, expert_ids_TK: torch.Tensor, over_TK: torch.Tensor, capacity: int
+    choice_TE: torch.Tensor,
+    expert_ids_TK: torch.Tensor,
+    over_TK: torch.Tensor,
+    sound_T1: torch.Tensor,
+    capacity: int,
 ) -> tuple[torch.Tensor, int]:
     """(assigned_TE bool, how many overflowed choices found another expert).
+
+    sound_T1: the tokens that take places
 
     Rounds: every token that still lacks an expert asks for its best one with room; each takes the first askers.
     """
@@ -91,7 +101,7 @@ def _reroute(
     lacking_T = over_TK.sum(dim=1)
     rerouted = 0
     while True:
-        room_E = capacity - assigned_TE.sum(dim=0)
+        room_E = capacity - (assigned_TE & sound_T1).sum(dim=0)
         open_TE = choice_TE.masked_fill(assigned_TE | refused_TE | (room_E <= 0), -math.inf)
         best_T = open_TE.max(dim=1)
         asking = ((lacking_T > 0) & (best_T.values > -math.inf)).nonzero().squeeze(1)

@@ -45,8 +45,9 @@ class DeepseekV2Gate:
     def __call__(self, hidden_TH: torch.Tensor, limit: ChoiceLimit | None = None) -> GateOutput:
         spec = self._spec
         scores_TE = self._logits(hidden_TH).softmax(dim=-1)
+        choice_TE = scores_TE
         if spec.n_group is not None and spec.topk_group is not None:
             group_scores_TG = scores_TE.view(-1, spec.n_group, spec.num_experts // spec.n_group).amax(dim=-1)
-            scores_TE = keep_best_groups(scores_TE, group_scores_TG, spec.topk_group, 0.0)
-        chosen = choose(scores_TE, scores_TE, spec.num_experts_per_tok, limit)
+            choice_TE = keep_best_groups(scores_TE, group_scores_TG, spec.topk_group)
+        chosen = choose(choice_TE, scores_TE, spec.num_experts_per_tok, limit)
         return chosen._replace(weights_TK=chosen.weights_TK * spec.routed_scaling_factor)

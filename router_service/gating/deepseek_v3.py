@@ -50,7 +50,7 @@ class DeepseekV3Gate:
         if spec.n_group is not None and spec.topk_group is not None and spec.n_group > 1:
             grouped = choice_TE.view(-1, spec.n_group, spec.num_experts // spec.n_group)
             group_scores_TG = grouped.topk(2, dim=-1).values.sum(dim=-1)
-            choice_TE = keep_best_groups(choice_TE, group_scores_TG, spec.topk_group, float("-inf"))
+            choice_TE = keep_best_groups(choice_TE, group_scores_TG, spec.topk_group)
         expert_ids_TK, weights_TK = choose(choice_TE, scores_TE, spec.num_experts_per_tok, limit)
         if spec.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)

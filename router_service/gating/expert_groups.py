@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
-def keep_best_groups(
-    scores_TE: torch.Tensor, group_scores_TG: torch.Tensor, topk_group: int, fill: float
-) -> torch.Tensor:
-    """`scores_TE` with `fill` at every expert outside each token's `topk_group` best groups.
+def keep_best_groups(choice_TE: torch.Tensor, group_scores_TG: torch.Tensor, topk_group: int) -> torch.Tensor:
+    """`choice_TE` with -inf at every expert outside each token's `topk_group` best groups.
 
     group_scores_TG: one score for each of G contiguous groups of E / G experts
     """
     num_groups = group_scores_TG.shape[1]
     best_TK = torch.topk(group_scores_TG, k=topk_group, dim=-1, sorted=False).indices
     closed_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, best_TK, False)
-    grouped = scores_TE.view(-1, num_groups, scores_TE.shape[1] // num_groups)
-    return grouped.masked_fill(closed_TG.unsqueeze(-1), fill).view_as(scores_TE)
+    grouped = choice_TE.view(-1, num_groups, choice_TE.shape[1] // num_groups)
+    return grouped.masked_fill(closed_TG.unsqueeze(-1), -math.inf).view_as(choice_TE)

@@ -21,8 +21,9 @@ System = Literal[
     "deepseek_v4",
 ]
 
-ChoiceLimit = Callable[[torch.Tensor], torch.Tensor]
-"""choice_TE (float32, what the gate takes the top K of) -> the same with -inf at experts that a token may not use."""
+ChoiceLimit = Callable[[torch.Tensor, int], torch.Tensor]
+"""(choice_TE, K) -> choice_TE (float32, what the gate takes the top K of) with -inf at experts that a token may not
+use; it has -inf already where the gate itself allows none."""
 
 
 class GateOutput(NamedTuple):

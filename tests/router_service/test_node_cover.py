@@ -6,6 +6,7 @@ import torch
 
 from router_service.dispatch import plan_dispatch
 from router_service.node_cover import NodeCover
+from router_service.placement import balanced
 from router_service.router import Router
 from router_service.slot_index import build_slot_index
 
@@ -68,6 +69,56 @@ def test_load_stays_within_the_bound_where_replicas_allow():
     load = np.bincount(index.group_of_slot_S[slot_TK].reshape(-1), minlength=4)
     assert load.max() <= 1250
     assert (index.expert_of_slot_S[slot_TK] == ids_TK).all()
+
+
+def check_bound(index, ids_TK, slot_TK):
+    """Most rows of a group by the bound, after a look that no row of a group beyond it could go to one with room."""
+    num_groups = len(index.group_bounds_G1) - 1
+    group_R = np.append(index.group_of_slot_S, num_groups)[slot_TK.reshape(-1)]
+    load_G = np.bincount(group_R, minlength=num_groups + 1)[:num_groups]
+    bound = max(64, int(np.ceil(1.25 * (ids_TK >= 0).sum() / num_groups)))
+    for expert, group in set(zip(ids_TK.reshape(-1).tolist(), group_R.tolist(), strict=True)):
+        if expert < 0:
+            assert group == num_groups
+            continue
+        holders = index.group_of_slot_S[index.slots_of_expert_EJ[expert]]
+        assert group in holders
+        assert load_G[group] <= bound or load_G[holders].min() >= bound
+    return load_G.max() / bound
+
+
+def popular(rng, num_tokens, top_k, popularity_E):
+    """Each token's K distinct experts at random, the popular ones more often."""
+    rank_TE = np.log(popularity_E + 1e-30) + rng.gumbel(size=(num_tokens, len(popularity_E)))
+    return np.argsort(-rank_TE, axis=1)[:, :top_k]
+
+
+def test_load_stays_within_the_bound_with_few_redundant_experts():
+    """DeepSeek-V3 on 8 nodes, of whose experts one in eight has a second slot: enough for uneven popularity."""
+    nodes = [f"n{group}" for group in range(8)]
+    index = build_slot_index(balanced({0: 256}, 8, nodes_of_groups=nodes, num_redundant_experts=32)[0], 8)
+    cover = NodeCover(index, np.arange(8, dtype=np.int32), None)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        ids_TK = popular(rng, 2048, 8, rng.dirichlet(np.full(256, 5.0)))
+        assert check_bound(index, ids_TK, cover(ids_TK)) <= 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_row_stays_in_a_group_beyond_the_bound_that_another_could_take(seed):
+    rng = np.random.default_rng(seed)
+    num_groups = int(rng.integers(2, 17))
+    num_experts = int(rng.integers(max(num_groups, 8), 129))
+    top_k = int(rng.integers(1, 9))
+    most = int(rng.integers(2, min(num_groups, 4) + 1))
+    _, index, _ = random_problem(num_experts, num_groups, most, 1, 1, seed)
+    node_of_group_G = rng.integers(0, rng.integers(1, num_groups + 1), num_groups).astype(np.int32)
+    cover = NodeCover(index, node_of_group_G, int(node_of_group_G[0]) if rng.random() < 0.5 else None)
+    ids_TK = popular(
+        rng, int(rng.integers(1, 1500)), top_k, rng.dirichlet(np.full(num_experts, rng.choice([0.3, 2.0])))
+    )
+    ids_TK[rng.random(ids_TK.shape) < rng.choice([0, 0.1])] = -1
+    check_bound(index, ids_TK, cover(ids_TK))
 
 
 def test_plans_with_a_cover_ask_for_the_same_rows():

@@ -46,6 +46,36 @@ def test_relative_source_is_found_beside_the_file(tmp_path: Path, monkeypatch: p
             4,
             ("engine.enable_dbo", "router.transport"),
         ),
+        (
+            "model:\n  source: x\nexperts:\n  num_redundant_experts: 2\nrouter:\n  transport: in_process\n",
+            4,
+            ("experts.num_redundant_experts", "router.transport", "leave one of the two out"),
+        ),
+        (
+            "model:\n  source: x\nrouter:\n  transport: in_process\n  max_nodes_per_token: 1\n",
+            5,
+            ("router.max_nodes_per_token", "router.transport", "leave one of the two out"),
+        ),
+        (
+            "model:\n  source: x\nrouter:\n  transport: in_process\n  wire_dtype: bf16\n",
+            5,
+            ("router.wire_dtype", "router.transport: in_process", "grpc"),
+        ),
+        (
+            "model:\n  source: x\nrouter:\n  wire_dtype: fp8\n  transport: ray\n",
+            4,
+            ("router.wire_dtype", "router.transport: ray", "grpc"),
+        ),
+        (
+            "model:\n  source: x\nrouter:\n  node_limit_mode: restrict\n",
+            4,
+            ("router.node_limit_mode", "give `router.max_nodes_per_token`"),
+        ),
+        (
+            "model:\n  source: x\nrouter:\n  overflow: next_best\n",
+            4,
+            ("router.overflow", "give `router.capacity_factor`"),
+        ),
         ("model:\n  source: ''\n", 2, ("model.source", "at least 1 character")),
         ("model:\n  source: x\nhttp:\n  host: ''\n", 4, ("http.host", "at least 1 character")),
         ("model:\n  source: x\nexperts:\n  groups: yes\n", 4, ("experts.groups", "truth value")),
@@ -75,10 +105,26 @@ def test_what_no_reader_can_follow_is_refused(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 10_000
 
 
+@pytest.mark.parametrize(
+    "router",
+    [
+        "{transport: grpc, wire_dtype: fp8, max_nodes_per_token: 2, node_limit_mode: restrict}",
+        "{transport: grpc, capacity_factor: 1.5, overflow: next_best}",
+        "{transport: ray, wire_dtype: model, max_nodes_per_token: 2}",
+        "{transport: in_process, wire_dtype: model, node_limit_mode: exact, capacity_factor: 1, overflow: drop}",
+    ],
+)
+def test_what_goes_together_is_taken(tmp_path: Path, router: str) -> None:
+    load_mesh(_write(tmp_path, f"model: {{source: x}}\nrouter: {router}\n"))
+
+
 def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_mesh(_write(tmp_path, "model:\n  sauce: x\nhttp:\n  port: 0\n"))
     assert len(str(caught.value).splitlines()) == 3
+    with pytest.raises(ConfigError) as caught:
+        load_mesh(_write(tmp_path, "model: {source: x}\nrouter: {overflow: next_best, node_limit_mode: restrict}\n"))
+    assert len(str(caught.value).splitlines()) == 2
 
 
 @pytest.mark.parametrize("text", ["model: [", "- 1\n", "", "\tmodel: 1"])

@@ -22,6 +22,16 @@ def test_more_groups_than_experts(checkpoint: Path, mesh_for: MeshFor) -> None:
     assert "experts.groups" in finding.found
 
 
+def test_a_capacity_for_a_gate_of_transformers_own(
+    tiny_checkpoint: Callable[[str], Path], checkpoint: Path, mesh_for: MeshFor
+) -> None:
+    router = {"capacity_factor": 1.5}
+    (finding,) = check_model_files(mesh_for(tiny_checkpoint("olmoe"), router=router))
+    assert finding.status == "fail"
+    assert "router.capacity_factor" in finding.found
+    assert [finding.status for finding in check_model_files(mesh_for(checkpoint, router=router))] == ["ok", "warn"]
+
+
 def test_a_truncated_file_is_named(checkpoint: Path, mesh_for: MeshFor, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint, broken)

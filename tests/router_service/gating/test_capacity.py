@@ -21,7 +21,7 @@ def hidden_TH():
     return torch.randn(100, 16, generator=torch.Generator().manual_seed(1))
 
 
-def every_expert(choice_TE):
+def every_expert(choice_TE, top_k):
     """A limit that closes none: a gate with a limit goes through the operators, which round otherwise."""
     return choice_TE
 
@@ -71,7 +71,7 @@ def test_next_best_is_a_better_expert_than_any_other_with_room(gate, hidden_TH):
 
 def build_all_scores(gate, hidden_TH):
     seen = []
-    gate(hidden_TH, lambda choice_TE: seen.append(choice_TE) or choice_TE)
+    gate(hidden_TH, lambda choice_TE, top_k: seen.append(choice_TE) or choice_TE)
     return seen[0]
 
 

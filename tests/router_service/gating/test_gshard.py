@@ -1,8 +1,10 @@
 import math
 
+import pytest
 import torch
 
 from router_service.gating.build import build_gate
+from router_service.gating.capacity import CapacityGate
 from router_service.gating.gate import GateSpec
 
 
@@ -28,3 +30,15 @@ def test_equals_the_formula_in_float64():
         expected = paper(logits)
         assert set(ids) == set(expected)
         assert all(abs(weight - expected[expert]) < 1e-5 for expert, weight in zip(ids, weights, strict=True))
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 8.0])
+def test_equals_tensor2tensors_with_a_capacity(factor, tensor2tensor_top_2, by_expert):
+    torch.manual_seed(0)
+    weight_EH, hidden_TH = torch.randn(8, 16), torch.randn(96, 16)
+    gate = build_gate(GateSpec(system="gshard", num_experts=8, num_experts_per_tok=2), weight_EH, None)
+    capped = CapacityGate(gate, 8, factor, "drop")
+    weights_TE = by_expert(capped(hidden_TH), 8)
+    torch.testing.assert_close(weights_TE, tensor2tensor_top_2(weight_EH, hidden_TH, factor), atol=1e-6, rtol=0)
+    assert (capped.dropped > 0) == (factor < 8)
+    assert int((weights_TE > 0).sum()) == 2 * 96 - capped.dropped
