@@ -40,7 +40,8 @@ from router_service.router import Router
 from router_service.slot_index import build_slot_index
 from router_service.transport.base import Transport
 from router_service.transport.grpc_stream import GrpcTransport
-from router_service.transport.ray_refs import RayRefsTransport, serve_calls
+from router_service.transport.ray_group import serve_calls
+from router_service.transport.ray_refs import RayRefsTransport
 
 _NAMESPACE = "expertmesh-bench"
 

@@ -8,7 +8,8 @@ from router_service.transport.base import TransportError
 
 ray = pytest.importorskip("ray")
 
-from router_service.transport.ray_refs import RayRefsTransport, serve_calls  # noqa: E402
+from router_service.transport.ray_group import serve_calls  # noqa: E402
+from router_service.transport.ray_refs import RayRefsTransport  # noqa: E402
 
 pytestmark = pytest.mark.ray
 
