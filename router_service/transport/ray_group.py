@@ -30,8 +30,9 @@ from router_service.transport.ray_actors import RayActors
 
 # Smaller arrays travel inside the task, as Ray itself does it.
 _OBJECT_BYTES = 100 * 1024
-# A sibling that hangs must not keep our thread; whoever called has given up by then.
-_SIBLING_TIMEOUT_S = 60.0
+# A sibling that hangs must not keep our thread: an async actor with a few calls in its queue answers nothing else, and
+# Serve would take it for dead after 30 s.
+_SIBLING_TIMEOUT_S = 20.0
 
 # What crosses: a tensor's bytes and how to read them, for dtypes that numpy does not have.
 Packed = tuple[npt.NDArray[np.uint8], str, tuple[int, ...]]
