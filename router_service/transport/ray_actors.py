@@ -30,6 +30,8 @@ class RayActors:
 
         The future raises Ray's errors. Raises TransportError where there is no such actor, or after `close`.
         """
+        # A `ray.get` that gives up drops the transfer that it began, and the next one has all of it sent anew; whoever
+        # waits for a future may look up as often as they like.
         call = self._actor(replica, actor).__ray_call__.options(concurrency_group=_CONCURRENCY_GROUP)
         future: Future[Any] = call.remote(function, *arguments).future()
         return future

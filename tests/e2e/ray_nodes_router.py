@@ -89,6 +89,7 @@ def main(address, namespace):
             "exact": all(exact),
             "touched": counters.token_nodes - touched,
             "counted_sent": counters.bytes_sent_remote - counted,
+            "node_calls": 2 * BATCHES,
             "sent": sent,
             "received": received,
         }

@@ -44,7 +44,9 @@ def test_a_token_crosses_to_a_ray_node_once_and_sums_are_exact(
     for row in rows:
         counted = row["touched"] * ROW_BYTES
         sent, received = (row[way] / counted for way in ("sent", "received"))
-        print(f"{row['tokens']:5} tokens: sent {sent:.3f}, received {received:.3f} times")
+        more_out, more_back = ((row[way] - counted) / row["node_calls"] for way in ("sent", "received"))
+        print(f"{row['tokens']:5} tokens: sent {sent:.3f}, received {received:.3f} times", end="; ")
+        print(f"more than that, by call and node: {more_out:.0f} out, {more_back:.0f} back")
         assert row["exact"]
         assert row["counted_sent"] == counted
         # Below, Ray's own bytes of each task show.
