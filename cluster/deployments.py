@@ -100,7 +100,7 @@ class GroupActor:
         self, group: int, document: Document, controller: DeploymentHandle
     ) -> None:
         from cluster.group_host import GroupHost, HostIdentity
-        from router_service.transport.ray_refs import serve_calls
+        from router_service.transport.ray_group import serve_calls
 
         context = ray.get_runtime_context()
         identity = HostIdentity(

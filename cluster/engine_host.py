@@ -105,7 +105,7 @@ class EngineHost:
             gates,
             recovery_timeout_s=config.router.recovery_timeout_s,
             on_expert_loss=config.experts.on_expert_loss,
-            node=self._node if config.router.transport == "grpc" else None,
+            node=self._node if self._transport is not None else None,
             max_nodes_per_token=config.router.max_nodes_per_token,
             node_limit_mode=config.router.node_limit_mode,
         )

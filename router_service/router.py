@@ -14,7 +14,7 @@ from experts.errors import GroupUnavailable, RequestError
 from router_service.combine import compiled_add_rows
 from router_service.counters import RouterCounters
 from router_service.dispatch import compiled_split_rows, plan_dispatch
-from router_service.failover import Failover, OnExpertLoss
+from router_service.failover import Failover, OnExpertLoss, seconds_to
 from router_service.gating.gate import ChoiceLimit, Gate
 from router_service.lane_run import LaneRun
 from router_service.node_limit import NodeLimit
@@ -205,7 +205,7 @@ class Router:
         plan = plan_dispatch(view.slots(layer, avoid), layer, expert_ids_TK, weights_TK, cover)
         self.counters.batch(layer, plan.num_tokens, plan.tokens_per_expert_E)
         return Pending(
-            self._sender.send_all(view, plan.parts, hidden_TH, timeout_s),
+            self._sender.send_all(view, plan.parts, hidden_TH, seconds_to(until)),
             hidden_TH,
             self._sender,
             self._failover,

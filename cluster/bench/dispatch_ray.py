@@ -14,7 +14,8 @@ from cluster.bench.dispatch_case import DispatchBench, make_batch, make_router, 
 from cluster.bench.dispatch_peer import IdleGroup
 from cluster.local_ray import start_local_ray
 from router_service.placement import GroupReplica
-from router_service.transport.ray_refs import RayRefsTransport, serve_calls
+from router_service.transport.ray_group import serve_calls
+from router_service.transport.ray_refs import RayRefsTransport
 
 _NAMESPACE = "expertmesh-bench"
 

@@ -82,7 +82,9 @@ def _nodes_touched(metrics: str) -> float:
     return value("dispatch_tokens_total") * value("dispatch_nodes_per_token")
 
 
+@pytest.mark.parametrize("transport", ["grpc", pytest.param("ray", marks=pytest.mark.slow)])
 def test_experts_live_on_the_nodes_that_have_no_engine(
+    transport: str,
     three_hosts: list[Host],
     command_environment: dict[str, str],
     wide_checkpoint: Path,
@@ -93,6 +95,7 @@ def test_experts_live_on_the_nodes_that_have_no_engine(
     mesh = {
         "model": {"source": str(wide_checkpoint), "served_name": "tiny"},
         "experts": {"groups": 4, "label_selector": {"role": "experts"}},
+        "router": {"transport": transport},
         "engine": {"label_selector": {"role": "engine"}, "max_num_seqs": 16, "max_num_batched_tokens": 512},
     }
     (tmp_path / "mesh.yaml").write_text(yaml.safe_dump(mesh))
@@ -154,7 +157,7 @@ def test_experts_live_on_the_nodes_that_have_no_engine(
     # Of the last layer, experts see each prompt's last token only.
     assert 1 < touched / (PROMPTS * (PROMPT_TOKENS * (layers - 1) + 1)) < 2
     received, sent = ((now - then) / (touched * HIDDEN_SIZE * 4) for now, then in zip(after, before, strict=True))
-    print(f"three Ray nodes: sent {sent:.3f}, received {received:.3f} times nodes touched x H x 4 bytes")
+    print(f"three Ray nodes, {transport}: sent {sent:.3f}, received {received:.3f} times nodes touched x H x 4 bytes")
     assert 1 <= sent <= 1.1
     assert 1 <= received <= 1.1
 

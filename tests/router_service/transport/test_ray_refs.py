@@ -1,42 +1,66 @@
+import itertools
+import threading
+from functools import partial
+
+import grpc
 import pytest
 import torch
 
 from experts.errors import ExpertNotResident
 from experts.node_call import NodeCall, NodeShare
-from router_service.placement import GroupReplica
-from router_service.transport.base import TransportError
+from experts.wire.v1 import expert_pb2
+from router_service.placement import GroupReplica, PlacementTable
+from router_service.router import Router
+from router_service.server import RouterServer
+from router_service.transport.base import ReplyAbandoned, TransportError
+from router_service.wire.v1 import router_pb2, router_pb2_grpc
 
 ray = pytest.importorskip("ray")
 
-from router_service.transport.ray_refs import RayRefsTransport, serve_calls  # noqa: E402
+from router_service.transport.ray_group import serve_calls  # noqa: E402
+from router_service.transport.ray_refs import RayRefsTransport  # noqa: E402
 
 pytestmark = pytest.mark.ray
 
 
-def start_group(name, *, asynchronous):
-    """An actor that serves a group in which an expert is worth weight * hidden."""
+def start_group(name, *, asynchronous, group=0, layers=(0,), gated=False):
+    """An actor that serves a group in which an expert is worth 2 * hidden; gated: it computes once `open` was called"""
 
     class Group:
+        def __init__(self):
+            self.gate = threading.Event()
+            if not gated:
+                self.gate.set()
+
         def forward(self, call):
-            if call.layer != 0:
+            assert self.gate.wait(60)
+            if call.layer not in layers:
                 raise ExpertNotResident(f"layer {call.layer} is not here", "layer")
             return 2 * call.hidden_TH.float()
 
     class Plain:
         def __init__(self):
-            serve_calls(name, Group())
+            self.group = Group()
+            serve_calls(name, self.group)
+
+        def open(self):
+            self.group.gate.set()
+            return True
 
         def ping(self):
             return True
 
     class Async(Plain):
+        async def open(self):
+            return super().open()
+
         async def ping(self):
             return True
 
     actor_class = ray.remote(num_cpus=0)(Async if asynchronous else Plain)
     actor = actor_class.options(name=f"actor-{name}").remote()
     assert ray.get(actor.ping.remote())
-    return actor, GroupReplica(group=0, replica=name, node="n0", address="", actor=f"actor-{name}")
+    return actor, GroupReplica(group=group, replica=name, node="n0", address="", actor=f"actor-{name}")
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +76,10 @@ def local_ray(tmp_path_factory):
     ray.shutdown()
 
 
-def call_until_it_fails(transport, replica, call):
+def call_until_it_fails(send):
     """Ray kills by message: calls that overtake it are still answered."""
     while True:
-        transport.send(replica, call).result(20)
+        send().result(20)
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -72,7 +96,7 @@ def test_calls_reach_actors_of_both_kinds_and_failures_are_told_apart(make_call)
             transport.send(replica, make_call(torch.ones(1, 4), layer=3)).result(20)
         ray.kill(actor)
         with pytest.raises(TransportError, match=r"Died|Unavailable|no actor"):
-            call_until_it_fails(transport, replica, make_call(torch.ones(1, 4)))
+            call_until_it_fails(partial(transport.send, replica, make_call(torch.ones(1, 4))))
     with pytest.raises(TransportError, match="no actor 'nobody'"):
         transport.send(
             GroupReplica(group=1, replica="x", node="n", address="", actor="nobody"),
@@ -80,32 +104,126 @@ def test_calls_reach_actors_of_both_kinds_and_failures_are_told_apart(make_call)
         )
 
 
+def node_call(hidden_TH, tokens, layer=0, relay=0):
+    """A share for each of `tokens` (rows of hidden_TH, None: all); what it says of experts no group here reads."""
+    shares = tuple(
+        NodeShare(
+            group=group,
+            address="" if group == relay else "sibling",
+            tokens_T=tokens_T,
+            expert_ids_S=torch.zeros(1, dtype=torch.int32),
+            offsets_S1=torch.tensor([0, 1], dtype=torch.int32),
+            token_rows_R=torch.zeros(1, dtype=torch.int32),
+            weights_R=torch.ones(1),
+        )
+        for group, tokens_T in enumerate(tokens)
+    )
+    return NodeCall(layer=layer, hidden_TH=hidden_TH, shares=shares)
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_a_node_of_actors_answers_with_one_sum():
-    """Two groups, each worth 2 * hidden for its tokens; the batch is large enough to travel as one object."""
+    """Two groups, each worth 2 * hidden for its tokens; the larger batch is shared as one object."""
     transport = RayRefsTransport("mesh")
     # An actor lives as long as its handle.
-    started = [start_group(f"node-{asynchronous}", asynchronous=asynchronous) for asynchronous in (False, True)]
-    replicas = [replica for _, replica in started]
+    started = [
+        start_group(f"node-{group}", group=group, asynchronous=group == 1, layers=layers)
+        for group, layers in enumerate([(0, 5), (0,)])
+    ]
+    actors, replicas = zip(*started, strict=True)
     for num_tokens in (3, 2048):
         hidden_TH = torch.randn(num_tokens, 64)
         tokens_T = torch.arange(0, num_tokens, 2, dtype=torch.int32)
-        shares = tuple(
-            NodeShare(
-                group=group,
-                address=address,
-                tokens_T=tokens,
-                expert_ids_S=torch.zeros(1, dtype=torch.int32),
-                offsets_S1=torch.tensor([0, 1], dtype=torch.int32),
-                token_rows_R=torch.zeros(1, dtype=torch.int32),
-                weights_R=torch.ones(1),
-            )
-            for group, (address, tokens) in enumerate([("", tokens_T), ("sibling", None)])
-        )
-        call = NodeCall(layer=0, hidden_TH=hidden_TH, shares=shares)
         expected = 2 * hidden_TH
         expected[tokens_T] += 2 * hidden_TH[tokens_T]
-        assert torch.equal(transport.send_node(replicas, call).result(20), expected)
-    refused = NodeCall(layer=5, hidden_TH=hidden_TH, shares=shares)
-    with pytest.raises(ExpertNotResident, match="layer 5"):
-        transport.send_node(replicas, refused).result(20)
+        for tokens in ((tokens_T, None), (None, tokens_T)):
+            assert torch.equal(transport.send_node(replicas, node_call(hidden_TH, tokens)).result(20), expected)
+    for layer in (3, 5):  # which neither holds, and which the sibling does not
+        with pytest.raises(ExpertNotResident, match=f"layer {layer} is not here"):
+            transport.send_node(replicas, node_call(hidden_TH, (None, None), layer)).result(20)
+    ray.kill(actors[1])
+    with pytest.raises(TransportError, match=r"node-1 in actor actor-node-1 on this node|node-1: no actor"):
+        call_until_it_fails(partial(transport.send_node, replicas, node_call(hidden_TH, (None, None))))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_calls_of_a_node_do_not_wait_for_each_other_in_a_circle():
+    """Each of two groups is named the receiver of half of the calls, which are all out at once."""
+    started = [start_group(f"circle-{group}", group=group, asynchronous=True) for group in range(2)]
+    replicas = [replica for _, replica in started]
+    transports = RayRefsTransport("mesh"), RayRefsTransport("mesh")
+    hidden_TH = torch.randn(4, 8)
+    replies = [
+        transport.send_node(replicas, node_call(hidden_TH, (None, None), relay=relay))
+        for _, transport, relay in itertools.product(range(10), transports, range(2))
+    ]
+    for reply in replies:
+        assert torch.equal(reply.result(60), 4 * hidden_TH)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_lost_group_of_a_node_is_replaced_and_the_output_is_the_same():
+    actors, replicas = zip(*(start_group(f"lost-{g}", group=g, asynchronous=True) for g in range(2)), strict=True)
+    table = PlacementTable(version=1, num_groups=2, holders={0: ((0,), (1,))}, replicas=replicas)
+    router = Router(RayRefsTransport("mesh"), {}, recovery_timeout_s=60.0, node="elsewhere")
+    router.update(table)
+    batch = torch.randn(6, 8), torch.tensor([[0, 1]] * 6), torch.ones(6, 2)
+    undisturbed = router.dispatch(0, *batch).result()
+    assert torch.equal(undisturbed, 4 * batch[0])
+    assert router.counters.bytes_sent_remote == batch[0].nbytes
+    ray.kill(actors[1])
+    pending = router.dispatch(0, *batch)
+    new_actor, new = start_group("lost-again", group=1, asynchronous=True)
+    router.update(PlacementTable(version=2, num_groups=2, holders=table.holders, replicas=(replicas[0], new)))
+    assert torch.equal(pending.result(), undisturbed)
+    assert torch.equal(router.dispatch(0, *batch).result(), undisturbed)
+    assert ray.get(new_actor.ping.remote())
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_callers_time_limit_says_nothing_about_the_replica(make_call):
+    # Not an async actor: one with some calls in its queue answers nothing else.
+    actor, replica = start_group("late", asynchronous=False, gated=True)
+    transport = RayRefsTransport("mesh")
+    call = make_call(torch.ones(1, 4))
+    for send in (
+        lambda timeout_s: transport.send(replica, call, timeout_s),
+        lambda timeout_s: transport.send_node([replica], node_call(torch.ones(1, 4), (None,)), timeout_s),
+    ):
+        with pytest.raises(ReplyAbandoned, match="time limit"):
+            send(0.05).result()
+        with pytest.raises(ReplyAbandoned, match="time limit"):
+            send(0.05).result(0.05)
+        for timeout_s in (None, 100.0):
+            with pytest.raises(TransportError, match="no reply within the deadline") as caught:
+                send(timeout_s).result(0.05)
+            assert not isinstance(caught.value, ReplyAbandoned)
+    cancelled = transport.send(replica, call)
+    cancelled.cancel()
+    with pytest.raises(ReplyAbandoned):
+        cancelled.result(20)
+
+    router = Router(transport, {}, recovery_timeout_s=60.0)
+    router.update(PlacementTable(version=1, num_groups=1, holders={0: ((0,),)}, replicas=(replica,)))
+    server = RouterServer(router)
+    server.start()
+    hidden_TH, ids_TK, weights_TK = torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
+    hidden = expert_pb2.Tensor(dtype=expert_pb2.DTYPE_FLOAT32, shape=(1, 4), data=hidden_TH.numpy().tobytes())
+    ids, weights = ids_TK.numpy().tobytes(), weights_TK.numpy().tobytes()
+    request = router_pb2.DispatchRequest(experts_per_token=1, expert_ids=ids, weights=weights, hidden=hidden)
+    try:
+        with pytest.raises(TimeoutError):
+            router.dispatch(0, hidden_TH, ids_TK, weights_TK, timeout_s=0.05).result()
+        with grpc.insecure_channel(server.address) as channel:
+            stub = router_pb2_grpc.RouterServiceStub(channel)
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Dispatch(request, timeout=0.3)
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            # The replica does not look lost: the next call is its.
+            assert ray.get(actor.open.remote())
+            reply = stub.Dispatch(request, timeout=60)
+        assert torch.frombuffer(bytearray(reply.combined.data), dtype=torch.float32).eq(2).all()
+        assert router.counters.failovers == 0
+    finally:
+        server.stop(0)
+        router.close()

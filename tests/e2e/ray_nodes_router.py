@@ -1,0 +1,102 @@
+"""A router over Ray actors of other nodes, run on the head's host by `test_ray_nodes.py`: prints what it measured.
+
+    python tests/e2e/ray_nodes_router.py HEAD_ADDRESS HEAD_NAMESPACE
+
+Each line is JSON: tokens of a batch, whether the sums are those of `in_process` to the bit, the router's own count of
+nodes touched and of bytes, and bytes on the head's interface, all of Ray's own included.
+"""
+
+import json
+import os
+import sys
+
+import ray
+import torch
+
+from cluster.bench.hosts import Host
+from router_service.placement import GroupReplica, PlacementTable, balanced
+from router_service.router import Router
+from router_service.transport.in_process import InProcessTransport
+from router_service.transport.ray_group import serve_calls
+from router_service.transport.ray_refs import RayRefsTransport
+
+HIDDEN_SIZE, NUM_EXPERTS, TOP_K, GROUPS_PER_NODE, BATCHES = 4096, 32, 8, 4, 4
+
+
+class Scaler:
+    """A group in which expert e is worth weight * (e + 1) * hidden."""
+
+    def forward(self, call):
+        partial_TH = torch.zeros(call.hidden_TH.shape)
+        scale_R = call.weights_R * (1 + call.expert_ids_S.repeat_interleave(call.offsets_S1.diff()))
+        return partial_TH.index_add_(0, call.token_rows_R, scale_R[:, None] * call.hidden_TH[call.token_rows_R])
+
+
+class Peer:
+    """An async actor, as Serve's replicas are."""
+
+    def __init__(self, replica):
+        serve_calls(replica, Scaler())
+
+    async def pid(self):
+        return os.getpid()
+
+
+def start_groups():
+    """(handles, replicas), groups ascending by node."""
+    actors, replicas = [], []
+    for group in range(2 * GROUPS_PER_NODE):
+        name, node = f"g{group}", f"n{group // GROUPS_PER_NODE}"
+        options = {"name": name, "num_cpus": 0, "label_selector": {"place": node}}
+        actors.append(ray.remote(Peer).options(**options).remote(name))
+        replicas.append(GroupReplica(group=group, replica=name, node=node, address="", actor=name))
+    ray.get([actor.pid.remote() for actor in actors])
+    return actors, tuple(replicas)
+
+
+def batch(num_tokens, seed):
+    """(hidden_TH, expert_ids_TK, weights_TK) at random."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden_TH = torch.randn(num_tokens, HIDDEN_SIZE, generator=generator)
+    expert_ids_TK = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).topk(TOP_K).indices
+    return hidden_TH, expert_ids_TK, torch.rand(num_tokens, TOP_K, generator=generator)
+
+
+def router_over(transport, table, node):
+    router = Router(transport, {}, recovery_timeout_s=60.0, node=node)
+    router.update(table)
+    return router
+
+
+def main(address, namespace):
+    ray.init(address=f"{address}:6379", namespace="mesh", logging_level="ERROR")
+    actors, replicas = start_groups()
+    holders = balanced({0: NUM_EXPERTS}, len(replicas), nodes_of_groups=[replica.node for replica in replicas])
+    table = PlacementTable(version=1, num_groups=len(replicas), holders=holders, replicas=replicas)
+    local = router_over(InProcessTransport({replica.replica: Scaler() for replica in replicas}), table, None)
+    router = router_over(RayRefsTransport("mesh"), table, "engine")
+    host, counters = Host(namespace, address), router.counters
+    router.dispatch(0, *batch(16, seed=99)).result()  # finds the actors
+    for num_tokens in (1, 8, 64, 256, 1024):
+        batches = [batch(num_tokens, seed) for seed in range(BATCHES)]
+        before, touched, counted = host.traffic(), counters.token_nodes, counters.bytes_sent_remote
+        sums = [router.dispatch(0, *each).result() for each in batches]
+        after = host.traffic()
+        exact = [torch.equal(sums[i], local.dispatch(0, *each).result()) for i, each in enumerate(batches)]
+        received, sent = (now - then for now, then in zip(after, before, strict=True))
+        row = {
+            "tokens": num_tokens,
+            "exact": all(exact),
+            "touched": counters.token_nodes - touched,
+            "counted_sent": counters.bytes_sent_remote - counted,
+            "node_calls": 2 * BATCHES,
+            "sent": sent,
+            "received": received,
+        }
+        print(json.dumps(row), flush=True)
+    router.close()
+    assert actors, "an actor lives as long as its handle"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
