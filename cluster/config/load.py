@@ -72,6 +72,13 @@ def parse_mesh(document: Any, *, origin: str, root: yaml.Node | None = None) -> 
             f"{origin}{line}: `engine.enable_dbo`: with `router.transport: in_process` experts are never waited for; "
             "leave one of the two out"
         )
+    if config.engine.max_num_batched_tokens < config.engine.max_num_seqs:
+        line = _line(root, ("engine", "max_num_batched_tokens"))
+        raise ConfigError(
+            f"{origin}{line}: `engine.max_num_batched_tokens` ({config.engine.max_num_batched_tokens}) is less than "
+            f"`engine.max_num_seqs` ({config.engine.max_num_seqs}): a step must have room for a token of every "
+            "sequence; raise the one or lower the other"
+        )
     return config
 
 
