@@ -15,5 +15,5 @@ def unreachable(address: str) -> str | None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError, ValueError) as error:
-        return f"{address}: {getattr(error, 'strerror', None) or error}"
+        return str(getattr(error, "strerror", None) or error)
     return None

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private import services
 
 from cluster.loopback import keep_loopback
 from cluster.reachable import unreachable
@@ -21,16 +22,17 @@ _ANSWER_S = 15.0
 def connect(address: str) -> None:
     """Join the Ray cluster at `address` ("auto": the one running here). Raises ConfigError where there is none."""
     keep_loopback()
-    # A client of Serve has nothing to say that an operator waits for.
+    # Serve tells of every connection it makes; an operator waits for none of that.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    todo = "give --address or RAY_ADDRESS"
-    if trouble := unreachable(address):
-        raise ConfigError(f"cannot join the Ray cluster at {trouble}; {todo}")
     try:
+        if address == "auto":
+            address = services.get_ray_address_from_environment(address, None)
+        if reason := unreachable(address):
+            raise ConnectionError(reason)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"cannot join the Ray cluster at {address}: {first}; {todo}") from None
+        first = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"cannot join the Ray cluster at {address}: {first}; give --address or RAY_ADDRESS") from None
 
 
 def application_details() -> dict[str, Any]:

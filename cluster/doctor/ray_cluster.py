@@ -34,11 +34,11 @@ def check_ray(config: MeshConfig | None, address: str | None) -> Iterator[Findin
 
 
 def _check_cluster(config: MeshConfig | None, address: str) -> Iterator[Finding]:
-    if trouble := unreachable(address):
+    if reason := unreachable(address):
         yield Finding(
             check="cluster",
             status="fail",
-            found=trouble,
+            found=f"{address}: {reason}",
             todo="start Ray there (ray start --head), open the port, or correct --address / RAY_ADDRESS",
         )
         return
