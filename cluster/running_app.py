@@ -25,14 +25,16 @@ def connect(address: str) -> None:
     # Serve tells of every connection it makes; an operator waits for none of that.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        if address == "auto":
-            address = services.get_ray_address_from_environment(address, None)
-        if reason := unreachable(address):
-            raise ConnectionError(reason)
+        found = services.get_ray_address_from_environment(address, None) if address == "auto" else address
+        if reason := unreachable(found):
+            raise ConnectionError(reason if found == address else f"{found}: {reason}")
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"cannot join the Ray cluster at {address}: {first}; give --address or RAY_ADDRESS") from None
+        raise ConfigError(
+            f"cannot join the Ray cluster at {address}: {first}; "
+            "give --address or RAY_ADDRESS, and RAY_AUTH_MODE=token where it wants a token"
+        ) from None
 
 
 def application_details() -> dict[str, Any]:
