@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.serve import Application
 
-from cluster.autoscale.check import check_autoscaling
+from cluster.autoscale.check import check_sections
 from cluster.config.load import load_mesh, parse_mesh
 from cluster.config.mesh import EngineConfig, ExpertsConfig
 from cluster.deployments import CONTROLLER, ENGINE, GROUP
@@ -24,9 +24,7 @@ def build(args: dict[str, Any]) -> Application:
     Raises ConfigError.
     """
     config = load_mesh(Path(args["mesh"])) if set(args) == {"mesh"} else parse_mesh(args, origin="mesh")
-    for part, section in (("engine", config.autoscaling.engine), ("experts", config.autoscaling.experts)):
-        if section is not None:
-            check_autoscaling(section, f"autoscaling.{part}", from_zero=part == "engine")
+    check_sections(config.autoscaling)
     document = config.model_dump(mode="json")
     engine = ENGINE.options(
         ray_actor_options=_actor_options(config.engine),

@@ -153,6 +153,13 @@ class EngineActor:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         return self._host.app
 
+    async def router_service(self) -> tuple[str, str | None]:
+        """This replica, and host:port of its RouterService; None where it offers none."""
+        return serve.get_replica_context().replica_tag, self._host.service_address
+
+    async def end_sequences(self) -> None:
+        await self._host.end_sequences()
+
     async def check_health(self) -> None:
         self._host.check()
 

@@ -6,19 +6,19 @@ import asyncio
 import logging
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from cluster.api_keys import read_api_keys
 from cluster.config.mesh import EngineConfig, MeshConfig
 from cluster.control.client import ControllerClient
 from cluster.control.follow import follow_tables
 from cluster.cores import keep_python_to, own_cores, usable_cores
 from cluster.engine_limits import engine_limits
 from cluster.gate_options import check_gate_options, with_capacity
-from cluster.model_files import expert_backend, open_checkpoint, pick_device, pick_dtype, served_name
+from cluster.model_files import engine_dtype, expert_backend, open_checkpoint, pick_device, served_name
 from cluster.observe.expert_metrics import ExpertMetrics
 from cluster.serving.engine import Engine
 from cluster.serving.health import GroupHealth, Health
@@ -26,7 +26,6 @@ from cluster.serving.model_runner import OverlapThresholds
 from cluster.serving.openai_api import create_app
 from cluster.serving.skeleton import ModelSkeleton, load_skeleton
 from cluster.serving.tokenizer import Tokenizer, load_tokenizer
-from experts.errors import ConfigError
 from experts.group import ExpertGroup
 from experts.ops.cpu_threads import ThreadTeam
 from experts.spec import ExpertKey
@@ -74,7 +73,8 @@ class EngineHost:
         self._transport = transport
         self._node = node
         self._address = address
-        self._api_keys = _read_api_keys(config.http.api_keys_file)
+        keys = read_api_keys(config.http.api_keys_file)
+        self._api_keys = frozenset(keys) if keys is not None else None
         self._has_table = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
         self._router: Router | None = None
@@ -87,6 +87,11 @@ class EngineHost:
         """The HTTP application, after `start`."""
         assert self._app is not None, "start() comes first"
         return self._app
+
+    @property
+    def service_address(self) -> str | None:
+        """host:port of RouterService; None where it is not offered."""
+        return self._service.address if self._service is not None else None
 
     async def start(self) -> None:
         """Return when requests can be answered."""
@@ -149,23 +154,25 @@ class EngineHost:
         if self._following is not None and self._following.done():
             self._following.result()
 
+    async def end_sequences(self) -> None:
+        """Take no request any more; sequences that are still running end with an error event."""
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.stop)
+
     async def stop(self) -> None:
-        """Stop the engine; sequences that are still running end with an error event."""
+        """Stop the engine, as `end_sequences` does, and all that is around it."""
         if self._following is not None:
             self._following.cancel()
         if self._service is not None:
             await asyncio.to_thread(self._service.stop)
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.stop)
+        await self.end_sequences()
         if self._router is not None:
             self._router.close()
 
     def _load(self, checkpoint: Checkpoint) -> tuple[ModelSkeleton, Tokenizer]:
         check_gate_options(self._config.router, checkpoint.config())
         device = pick_device(self._config.engine.device)
-        dtype = pick_dtype(self._config.model.dtype, checkpoint.config(), device)
-        if dtype is not torch.float32 and device.type == "cpu":
-            raise ConfigError(f"model.dtype: {self._config.model.dtype} is for GPUs; use auto or float32 on a CPU")
+        dtype = engine_dtype(self._config.model.dtype, checkpoint.config(), device)
         if device.type == "cpu":
             # Ray allows an actor one thread. Groups on this machine are idle while the engine computes, and it is
             # while they do.
@@ -241,15 +248,3 @@ def _local_experts(checkpoint: Checkpoint, config: MeshConfig) -> tuple[Placemen
     )
     table = PlacementTable(version=1, num_groups=count, holders=holders, replicas=replicas)
     return table, InProcessTransport(groups)
-
-
-def _read_api_keys(path: str | None) -> frozenset[str] | None:
-    if path is None:
-        return None
-    try:
-        keys = frozenset(Path(path).read_text(encoding="utf-8").split())
-    except OSError as error:
-        raise ConfigError(f"http.api_keys_file: {path}: {error.strerror}; give a file with one key a line") from None
-    if not keys:
-        raise ConfigError(f"http.api_keys_file: {path} holds no key; put one key on a line")
-    return keys

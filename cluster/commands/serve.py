@@ -18,6 +18,7 @@ import typer
 from ray import serve
 from ray.serve import Application
 
+from cluster.api_keys import read_api_keys
 from cluster.app import build
 from cluster.commands.generate import stream_completion
 from cluster.commands.progress import Progress
@@ -25,7 +26,8 @@ from cluster.config.load import load_mesh
 from cluster.config.mesh import MeshConfig
 from cluster.local_ray import shape_proxy_errors, start_local_ray
 from cluster.model_files import check_model, served_name
-from cluster.running_app import APPLICATION, connect, deployment_failure
+from cluster.preflight import setting_problems
+from cluster.running_app import APPLICATION, connect, deployment_failure, end_sequences, router_services
 from experts.errors import ConfigError
 
 _PROMPT = "def main("
@@ -51,19 +53,21 @@ def command(
     try:
         with progress.phase("model"):
             check_model(config)
+            if problems := setting_problems(config, here=not address):
+                raise ConfigError("\n".join(f"{mesh}: {problem}" for problem in problems))
         if not address:  # a cluster's Serve may listen there already, and is then used as it is
             _check_port(http.host, http.port)
         with _ray(address, progress):
             if not address:
-                # A laptop should not offer its experts around.
+                # As all of a local Ray: a laptop should not offer its experts around.
                 local = config.experts.model_copy(update={"listen_host": "127.0.0.1"})
                 config = config.model_copy(update={"experts": local})
-            _deploy(config, progress)
-            url = f"http://{'127.0.0.1' if http.host == '0.0.0.0' else http.host}:{http.port}"
-            with progress.phase("first completion"):
-                _first_completion(config, url, prompt, progress)
-            progress.say(_ready(url, prompt, config))
-            threading.Event().wait()
+            with _application(config, progress):
+                url = f"http://{'127.0.0.1' if http.host == '0.0.0.0' else http.host}:{http.port}"
+                with progress.phase("first completion"):
+                    _first_completion(config, url, prompt, progress)
+                progress.say(_ready(url, prompt, config))
+                threading.Event().wait()
     except KeyboardInterrupt:
         progress.say("stopped")
 
@@ -102,12 +106,19 @@ def _ray(address: str | None, progress: Progress) -> Iterator[None]:
     try:
         yield
     finally:
-        progress.say("stopping ...")
-        if address:
-            serve.delete(APPLICATION)
-        else:
-            serve.shutdown()
         ray.shutdown()
+
+
+@contextmanager
+def _application(config: MeshConfig, progress: Progress) -> Iterator[None]:
+    """The application, ready; deleted afterwards, with a word to streams that are not at their end."""
+    try:
+        _deploy(config, progress)
+        yield
+    finally:
+        progress.say("stopping ...")
+        end_sequences()
+        serve.delete(APPLICATION)
 
 
 def _deploy(config: MeshConfig, progress: Progress) -> None:
@@ -154,10 +165,8 @@ def _loading() -> str:
 
 
 def _api_headers(config: MeshConfig) -> dict[str, str]:
-    if config.http.api_keys_file is None:
-        return {}
-    keys = Path(config.http.api_keys_file).read_text(encoding="utf-8").split()
-    return {"Authorization": f"Bearer {keys[0]}"}
+    keys = read_api_keys(config.http.api_keys_file)
+    return {"Authorization": f"Bearer {keys[0]}"} if keys else {}
 
 
 def _first_completion(config: MeshConfig, url: str, prompt: str, progress: Progress) -> None:
@@ -176,6 +185,7 @@ def _first_completion(config: MeshConfig, url: str, prompt: str, progress: Progr
 def _ready(url: str, prompt: str, config: MeshConfig) -> str:
     name = served_name(config.model)
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.http.api_keys_file else ""
+    services = "".join(f"RouterService    {address}\n" for address in router_services().values())
     return (
         "The same with curl:\n"
         f"  curl -N {url}/v1/completions -H 'Content-Type: application/json'{key} \\\n"
@@ -183,6 +193,7 @@ def _ready(url: str, prompt: str, config: MeshConfig) -> str:
         f"OpenAI base URL  {url}/v1\n"
         f"Health           {url}/health\n"
         f"Metrics          {url}/metrics\n"
+        f"{services}"
         "Status           expertmesh status\n"
         "Ctrl-C stops everything."
     )

@@ -9,9 +9,9 @@ import ray
 import typer
 from ray import serve
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from cluster.running_app import APPLICATION, connect, engine_replicas
+from cluster.running_app import APPLICATION, connect, engine_replicas, router_services
 from experts.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def command(
     address: Annotated[str, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to look at")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
-    """Groups, nodes, devices, slots, placement version, engines, address."""
+    """Groups, nodes, devices, slots, placement version, engines, addresses."""
     connect(address)
     try:
         status = _collect()
@@ -37,10 +37,11 @@ def _collect() -> dict[str, Any]:
         raise ConfigError("no expertmesh application on this Ray cluster; start one with `expertmesh serve mesh.yaml`")
     controller = serve.get_deployment_handle("controller", APPLICATION)
     status: dict[str, Any] = controller.status.remote().result(timeout_s=30)
+    services = router_services()
     return {
         "application": applications[APPLICATION].status.value,
         "address": ray.get_runtime_context().gcs_address,
-        "engines": engine_replicas(),
+        "engines": [engine | {"router_service": services.get(engine["replica"])} for engine in engine_replicas()],
         **status,
     }
 
@@ -51,9 +52,11 @@ def _print(status: dict[str, Any]) -> None:
         f"application [bold]{status['application']}[/] · placement version {status['placement_version']} · "
         f"Ray at {status['address']} · replicas lost so far: {status['replicas_lost']}"
     )
-    table = Table("what", "replica", "node", "device", "address", "slots", "state")
+    # An address is for copying: never shortened.
+    table = Table("what", "replica", "node", "device", Column("address", no_wrap=True), "slots", "state")
     for engine in status["engines"]:
-        table.add_row("engine", engine["replica"], engine["node"], "", "", "", engine["state"])
+        service = engine["router_service"]
+        table.add_row("engine", engine["replica"], engine["node"], "", service or "", "", engine["state"])
     for group in status["groups"]:
         for replica in group["replicas"] or [None]:
             if replica is None:

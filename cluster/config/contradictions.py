@@ -1,4 +1,4 @@
-"""Keys of a mesh.yaml that would do nothing beside its other keys: refused rather than ignored."""
+"""Keys of a mesh.yaml that cannot be, or would do nothing, beside its other keys: refused rather than ignored."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ def contradictions(config: MeshConfig) -> list[tuple[tuple[str, str], str]]:
             router.overflow == "next_best" and router.capacity_factor is None,
             ("router", "overflow"),
             "without a capacity nothing overflows; give `router.capacity_factor`, or leave it out",
+        ),
+        (
+            engine.max_num_batched_tokens < engine.max_num_seqs,
+            ("engine", "max_num_batched_tokens"),
+            f"{engine.max_num_batched_tokens} is less than `engine.max_num_seqs` ({engine.max_num_seqs}): a step must "
+            "have room for a token of every sequence; raise the one or lower the other",
         ),
     ]
     return [(location, problem) for is_wrong, location, problem in checks if is_wrong]

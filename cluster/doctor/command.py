@@ -22,6 +22,7 @@ from cluster.doctor.model import check_model_files
 from cluster.doctor.packages import check_packages
 from cluster.doctor.ports import check_ports
 from cluster.doctor.ray_cluster import check_ray
+from cluster.doctor.settings import check_settings
 from cluster.doctor.shared_memory import check_shared_memory
 from cluster.doctor.triton import check_triton
 
@@ -62,6 +63,7 @@ def diagnose(mesh: Path | None, address: str | None) -> list[Finding]:
     if config is not None:
         known = config
         findings += _findings("model", lambda: check_model_files(known))
+        findings += _findings("settings", lambda: check_settings(known, here=address is None))
         if address is None:
             findings += _findings("ports", lambda: check_ports(known.http))
             findings += _findings("memory", lambda: check_memory(known))

@@ -15,7 +15,19 @@ _WIDENING = {"none": 2.0, "fp16": 1.0, "int8": 0.55, "fp8": 0.55, "int4": 0.3}
 
 
 def check_memory(config: MeshConfig, *, available: int | None = None) -> Iterator[Finding]:
-    """The checkpoint's files, widened as CPU groups hold them, against the memory that is free now."""
+    """The checkpoint's files, widened as CPU groups hold them, and the KV cache, against the memory that is here."""
+    yield from _check_weights(config, available)
+    cache, whole = config.engine.kv_cache_memory, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if cache != "auto" and config.engine.device != "cuda" and cache > whole:
+        yield Finding(
+            check="memory",
+            status="warn",
+            found=f"engine.kv_cache_memory is {cache / _GIB:.1f} GiB, this machine has {whole / _GIB:.1f} GiB",
+            todo="lower it, or leave it at auto; on a GPU it is the card's memory that counts",
+        )
+
+
+def _check_weights(config: MeshConfig, available: int | None) -> Iterator[Finding]:
     folder = Path(config.model.source)
     if not folder.is_dir():
         return

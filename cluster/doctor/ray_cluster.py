@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from importlib import metadata, util
 
 from cluster.config.mesh import MeshConfig
 from cluster.doctor.demand import demand
 from cluster.doctor.finding import Finding
+from cluster.reachable import unreachable
 from experts.errors import ConfigError
-
-_CONNECT_TIMEOUT_S = 5.0
 
 
 def check_ray(config: MeshConfig | None, address: str | None) -> Iterator[Finding]:
@@ -36,12 +34,11 @@ def check_ray(config: MeshConfig | None, address: str | None) -> Iterator[Findin
 
 
 def _check_cluster(config: MeshConfig | None, address: str) -> Iterator[Finding]:
-    unreachable = _unreachable(address)
-    if unreachable:
+    if reason := unreachable(address):
         yield Finding(
             check="cluster",
             status="fail",
-            found=unreachable,
+            found=f"{address}: {reason}",
             todo="start Ray there (ray start --head), open the port, or correct --address / RAY_ADDRESS",
         )
         return
@@ -81,15 +78,3 @@ def _check_resources(config: MeshConfig, resources: dict[str, float]) -> Iterato
             found=f"{asked:g} of the cluster's {there:g} {name} are asked for",
             todo="add nodes, lower experts.groups or engine.replicas, or set num_gpus" if short else "",
         )
-
-
-def _unreachable(address: str) -> str | None:
-    """Why nothing can answer at host:port; None for forms that only Ray resolves (auto, local)."""
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if not separator or not port.isdigit():
-        return None
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        return f"{address}: {getattr(error, 'strerror', None) or error}"
-    return None

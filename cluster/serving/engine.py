@@ -16,6 +16,7 @@ from cluster.serving.kv_cache import KVCache
 from cluster.serving.micro_batch import Step
 from cluster.serving.model_runner import ModelRunner, OverlapThresholds
 from cluster.serving.request import SamplingParams, TokenEvent
+from cluster.serving.rope_reach import check_reach
 from cluster.serving.sampler import sample
 from cluster.serving.scheduler import Scheduler
 from cluster.serving.sequence import RunningSequence
@@ -83,12 +84,7 @@ class Engine:
         overlap: OverlapThresholds | None = None,
     ) -> None:
         """Raises ConfigError where the limits contradict each other or the model."""
-        if max_model_len > skeleton.max_position_embeddings:
-            raise ConfigError(
-                f"engine.max_model_len is {max_model_len}, the model has positions for "
-                f"{skeleton.max_position_embeddings} (max_position_embeddings; with longrope, "
-                "original_max_position_embeddings): lower it"
-            )
+        check_reach(max_model_len, skeleton.max_position_embeddings)
         if max_num_batched_tokens < max_num_seqs:
             raise ConfigError(
                 f"engine.max_num_batched_tokens ({max_num_batched_tokens}) is less than engine.max_num_seqs "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from experts.errors import ConfigError
+
 
 def rope_reach(config: Any) -> int:
     """Longest sequence, in tokens, that is embedded in a batch as it would be alone; config: a transformers config.
@@ -17,3 +19,12 @@ def rope_reach(config: Any) -> int:
     sets = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
     limits = [each["original_max_position_embeddings"] for each in sets if each.get("rope_type") == "longrope"]
     return min(int(limit) for limit in (config.max_position_embeddings, *limits))
+
+
+def check_reach(max_model_len: int, reach: int) -> None:
+    """Raises ConfigError where sequences may be longer than `reach`."""
+    if max_model_len > reach:
+        raise ConfigError(
+            f"engine.max_model_len is {max_model_len}, the model has positions for {reach} "
+            "(max_position_embeddings; with longrope, original_max_position_embeddings): lower it"
+        )

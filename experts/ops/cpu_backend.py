@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from experts.errors import ConfigError
-from experts.ops.cpu_format import FORMATS, has_fp16
+from experts.ops.cpu_format import FORMATS, check_cpu_quantization
 from experts.ops.cpu_threads import ThreadTeam
 from experts.ops.packed_matmul import ROWS_A_READ, PackedMatrix
 from experts.ops.unpermute import compiled_unpermute
@@ -60,12 +59,7 @@ class CpuBackend:
     device = torch.device("cpu")
 
     def __init__(self, spec: ExpertSpec, *, quantization: str = "none", num_threads: int = 1) -> None:
-        if quantization not in FORMATS:
-            raise ConfigError(
-                f"model.quantization: {quantization!r} needs a GPU; on CPU use one of {', '.join(FORMATS)}"
-            )
-        if quantization == "fp16" and not has_fp16():
-            raise ConfigError("model.quantization: fp16 on this CPU needs AVX2; use none or int8")
+        check_cpu_quantization(quantization)
         self.spec = spec
         self._limit = float("inf") if spec.limit is None else spec.limit
         self._pack = FORMATS[quantization]

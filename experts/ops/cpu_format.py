@@ -54,3 +54,11 @@ FORMATS: Mapping[str, Callable[[torch.Tensor, torch.Tensor | None], PackedMatrix
     "fp16": as_fp16,
     "int8": as_int8,
 }
+
+
+def check_cpu_quantization(quantization: str) -> None:
+    """Raises ConfigError for a `model.quantization` that this CPU does not have."""
+    if quantization not in FORMATS:
+        raise ConfigError(f"model.quantization: {quantization!r} needs a GPU; on CPU use one of {', '.join(FORMATS)}")
+    if quantization == "fp16" and not has_fp16():
+        raise ConfigError("model.quantization: fp16 on this CPU needs AVX2; use none or int8")

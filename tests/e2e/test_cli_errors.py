@@ -92,6 +92,51 @@ def test_nothing_listens(expertmesh: Callable[..., "subprocess.CompletedProcess[
     _assert_refused(expertmesh("generate", "hello", "--url", url), url, "expertmesh serve")
 
 
+def test_what_the_engine_would_refuse_is_refused_before_ray_starts(
+    expertmesh: Callable[..., "subprocess.CompletedProcess[str]"],
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_bytes(b"\xff\xfe\x00")
+    extra = f"engine:\n  max_model_len: 100000000\nhttp:\n  api_keys_file: {keys}\n"
+    path = _mesh(tmp_path, tiny_checkpoint("mixtral"), extra)
+    result = expertmesh("serve", path)
+    _assert_refused(result, path, "engine.max_model_len", f"http.api_keys_file: {keys}: ")
+    assert "Ray" not in result.stderr
+
+
+def test_no_ray_listens(
+    expertmesh: Callable[..., "subprocess.CompletedProcess[str]"],
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        for command in (["status"], ["serve", _mesh(tmp_path, tiny_checkpoint("mixtral"))]):
+            result = expertmesh(*command, "--address", address)
+            _assert_refused(result, address, "Connection refused", "--address")
+            assert result.stderr.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "", "ftp://127.0.0.1"])
+def test_a_url_that_is_none(expertmesh: Callable[..., "subprocess.CompletedProcess[str]"], url: str) -> None:
+    result = expertmesh("generate", "hello", "--url", url)
+    _assert_refused(result, url)
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_key_that_no_header_carries(
+    expertmesh: Callable[..., "subprocess.CompletedProcess[str]"], command_environment: dict[str, str]
+) -> None:
+    command_environment["OPENAI_API_KEY"] = "ключ"
+    try:
+        _assert_refused(expertmesh("generate", "hello"), "OPENAI_API_KEY", "ASCII")
+    finally:
+        del command_environment["OPENAI_API_KEY"]
+
+
 def test_unknown_command_and_flag(expertmesh: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
     _assert_refused(expertmesh("sevre"), "sevre")
     _assert_refused(expertmesh("generate", "hello", "--max-tokens", "-3"), "max-tokens")

@@ -1,7 +1,9 @@
 """`expertmesh serve` as a person runs it: what it says, what clients see when its engine dies, what it leaves."""
 
 import contextlib
+import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -32,6 +34,20 @@ def _engine(server: "subprocess.Popen[str]") -> int:
     return engine
 
 
+def _open_to_others(server: "subprocess.Popen[str]") -> set[str]:
+    """Names of the processes below that listen on more than 127.0.0.1."""
+    lines = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()]
+    listening = [fields for fields in lines if fields[3] == "0A"]
+    sockets = {f"socket:[{fields[9]}]" for fields in listening if not fields[1].split(":")[0].endswith("0100007F")}
+    names = set()
+    for pid, _ in descendants(server.pid):
+        for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(FileNotFoundError):  # closed since
+                if os.readlink(descriptor) in sockets:
+                    names.add(Path(f"/proc/{pid}/comm").read_text().strip())
+    return names
+
+
 def _read_until(server: "subprocess.Popen[str]", start: str) -> str:
     lines: list[str] = []
     for line in server.stdout or ():
@@ -50,7 +66,7 @@ def test_from_the_command_to_the_last_process(
     mesh, port = tmp_path / "mesh.yaml", free_port()
     url = f"http://127.0.0.1:{port}"
     model = {"source": str(tiny_checkpoint("mixtral")), "served_name": "tiny"}
-    mesh.write_text(yaml.safe_dump({"model": model, "experts": {"groups": 2}}))
+    mesh.write_text(yaml.safe_dump({"model": model, "experts": {"groups": 2}, "router": {"service_port": 0}}))
     server = subprocess.Popen(
         [sys.executable, "-m", "cluster.cli", "serve", str(mesh), "--port", str(port)],
         env=command_environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -61,6 +77,9 @@ def test_from_the_command_to_the_last_process(
         for phase in ("model", "Ray", "Serve", "experts and engine", "first completion"):
             assert f"✓ {phase}" in said, said
         assert f"curl -N {url}/v1/completions" in said
+        assert re.search(r"^RouterService +127\.0\.0\.1:\d+$", said, re.MULTILINE)
+        # Serve's calls between replicas, which want Ray's token.
+        assert _open_to_others(server) <= {"ray::ServeRepli"}
 
         def complete(**fields: object) -> httpx.Response:
             body = {"model": "tiny", "prompt": "hello", "temperature": 0, "ignore_eos": True} | fields
@@ -95,10 +114,18 @@ def test_from_the_command_to_the_last_process(
             with contextlib.suppress(ProcessLookupError):  # it has ended since
                 below[pid] = os.pidfd_open(pid)
         assert len(below) > 5
-        server.terminate()
+
+        # A stream that has not ended is told that the engine stops.
+        with httpx.stream("POST", f"{url}/v1/completions", json=running, timeout=WAIT_S) as stream:
+            chunks = stream.iter_lines()
+            assert next(chunks).startswith("data: ")
+            server.terminate()
+            *_, last = (chunk for chunk in chunks if chunk)
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_stopped"
         rest, _ = server.communicate(timeout=WAIT_S)
         assert server.returncode == 0, rest
         assert "Traceback" not in rest
+        assert "graceful_shutdown" not in rest
         assert rest.splitlines()[-1] == "stopped"
         for pid, descriptor in below.items():
             assert select.select([descriptor], [], [], 20)[0], f"process {pid} is left"

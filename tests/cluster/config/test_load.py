@@ -76,6 +76,11 @@ def test_relative_source_is_found_beside_the_file(tmp_path: Path, monkeypatch: p
             4,
             ("router.overflow", "give `router.capacity_factor`"),
         ),
+        (
+            "model:\n  source: x\nengine:\n  max_num_seqs: 64\n  max_num_batched_tokens: 2\n",
+            5,
+            ("engine.max_num_batched_tokens", "engine.max_num_seqs"),
+        ),
         ("model:\n  source: ''\n", 2, ("model.source", "at least 1 character")),
         ("model:\n  source: x\nhttp:\n  host: ''\n", 4, ("http.host", "at least 1 character")),
         ("model:\n  source: x\nexperts:\n  groups: yes\n", 4, ("experts.groups", "truth value")),

@@ -28,8 +28,17 @@ def test_the_exit_code_says_whether_serving_can_start(checkpoint: Path, tmp_path
     document = json.loads(result.output)
     assert document["can_serve"] == (code == 0)
     checks = {finding["check"] for finding in document["findings"]}
-    assert {"packages", "config", "gpus", "triton", "shared memory", "model", "ports", "memory", "ray"} <= checks
+    expected = {"packages", "config", "gpus", "triton", "shared memory", "model", "settings", "ports", "memory", "ray"}
+    assert expected <= checks
     assert all(finding["todo"] for finding in document["findings"] if finding["status"] != "ok")
+
+
+def test_what_serve_would_refuse_is_a_fail(checkpoint: Path, tmp_path: Path) -> None:
+    mesh = write_mesh(tmp_path, checkpoint, 2)
+    mesh.write_text(mesh.read_text() + "autoscaling: {experts: {foo: 1}}\n")
+    (finding,) = (finding for finding in diagnose(mesh, None) if finding.check == "settings")
+    assert finding.status == "fail"
+    assert "autoscaling.experts" in finding.found
 
 
 def test_the_table_says_what_to_do(checkpoint: Path, tmp_path: Path) -> None:

@@ -22,3 +22,9 @@ def test_the_weights_widened_against_what_is_free(
 
 def test_a_hub_id_is_not_guessed_at(mesh_for: Callable[..., MeshConfig]) -> None:
     assert [*check_memory(mesh_for(Path("mistralai/Mixtral-8x7B-v0.1")))] == []
+
+
+def test_a_cache_beyond_the_machine(mesh_for: Callable[..., MeshConfig], tmp_path: Path) -> None:
+    *_, finding = check_memory(mesh_for(tmp_path, engine={"kv_cache_memory": 10**15}))
+    assert finding.status == "warn"
+    assert "engine.kv_cache_memory" in finding.found
