@@ -9,11 +9,14 @@ from typing import Any
 import ray
 from ray import serve
 from ray._private import services
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from cluster.loopback import keep_loopback
 from cluster.reachable import unreachable
 from experts.errors import ConfigError
 
+log = logging.getLogger(__name__)
 APPLICATION = "expertmesh"
 # A step that waits for a lost group ends after ten.
 _ANSWER_S = 15.0
@@ -51,8 +54,12 @@ def application_details() -> dict[str, Any]:
 def engine_replicas() -> list[dict[str, str]]:
     """Replica, node and state of each engine."""
     replicas = application_details()["deployments"].get("engine", {}).get("replicas", [])
-    return [
-        {"replica": r["replica_id"], "node": r["node_ip"] or "", "state": str(getattr(r["state"], "value", r["state"]))}
+    return [  # one that is just being started is on no node yet
+        {
+            "replica": r["replica_id"],
+            "node": r.get("node_ip") or "",
+            "state": str(getattr(r["state"], "value", r["state"])),
+        }
         for r in replicas
     ]
 
@@ -68,12 +75,15 @@ def end_sequences() -> None:
 
 
 def _ask_engines(method: str) -> list[Any]:
-    """The answer of every running engine."""
+    """The answer of every running engine; none where one of them has just died, or does not answer."""
     if not any(engine["state"] == "RUNNING" for engine in engine_replicas()):
         return []
-    answers: list[Any] = (
-        serve.get_deployment_handle("engine", APPLICATION).broadcast(method).results(timeout_s=_ANSWER_S)
-    )
+    engines = serve.get_deployment_handle("engine", APPLICATION)
+    try:
+        answers: list[Any] = engines.broadcast(method).results(timeout_s=_ANSWER_S)
+    except (RayError, RayServeException, TimeoutError) as error:
+        log.warning("not every engine answers: %s", type(error).__name__)
+        return []
     return answers
 
 

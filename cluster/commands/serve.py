@@ -112,20 +112,23 @@ def _ray(address: str | None, progress: Progress) -> Iterator[None]:
 @contextmanager
 def _application(config: MeshConfig, progress: Progress) -> Iterator[None]:
     """The application, ready; deleted afterwards, with a word to streams that are not at their end."""
+    http = config.http
+    with progress.phase("Serve"):
+        serve.start(http_options={"host": http.host, "port": http.port, "request_timeout_s": None})
     try:
         _deploy(config, progress)
         yield
     finally:
         progress.say("stopping ...")
         end_sequences()
-        serve.delete(APPLICATION)
+        try:
+            serve.delete(APPLICATION)
+        except TimeoutError:
+            progress.say("Serve has not taken the application down within a minute")
 
 
 def _deploy(config: MeshConfig, progress: Progress) -> None:
-    http = config.http
-    with progress.phase("Serve"):
-        serve.start(http_options={"host": http.host, "port": http.port, "request_timeout_s": None})
-        application = build(config.model_dump(mode="json"))
+    application = build(config.model_dump(mode="json"))
     with progress.phase("experts and engine"):
         failed: list[Exception] = []
         # A daemon, so that Ctrl-C need not wait for an application that cannot start.
