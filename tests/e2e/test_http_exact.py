@@ -52,6 +52,18 @@ def test_tokens_equal_generate(
     assert float(combined.split()[-1]) >= 70, "7 prompts, 10 tokens each: a batch of each layer and step"
 
 
+def test_experts_in_several_groups_change_no_token(
+    tiny_checkpoint: Callable[[str], Path],
+    serve_here: Callable[[dict[str, Any]], str],
+    check_exact: Callable[[str, str, Path], None],
+) -> None:
+    checkpoint = tiny_checkpoint("deepseek_v3")
+    document = _document(checkpoint, 4, "grpc")
+    document["experts"]["num_redundant_experts"] = 8
+    document["router"]["max_nodes_per_token"] = 1
+    check_exact(serve_here(document), "tiny", checkpoint)
+
+
 @pytest.mark.parametrize(
     ("groups", "transport", "overlap"),
     [

@@ -9,6 +9,7 @@ from router_service.node_cover import NodeCover
 from router_service.placement import balanced
 from router_service.router import Router
 from router_service.slot_index import build_slot_index
+from router_service.transport.grpc_stream import GrpcTransport
 
 
 def random_problem(num_experts, num_groups, most, num_tokens, top_k, seed=0):
@@ -134,14 +135,22 @@ def test_plans_with_a_cover_ask_for_the_same_rows():
     assert rows[0] == rows[1]
 
 
-def test_fewer_copies_and_the_same_outputs(make_mesh):
-    mesh = make_mesh(num_experts=24, num_groups=6, redundant=24, nodes=["a", "a", "b", "b", "c", "c"])
+@pytest.fixture
+def mesh(make_mesh):
+    return make_mesh(num_experts=24, num_groups=6, redundant=24, nodes=["a", "a", "b", "b", "c", "c"])
+
+
+@pytest.mark.parametrize("transport", ["in_process", "grpc"])
+def test_fewer_copies_and_the_same_outputs(mesh, servers, transport):
     batch = mesh.batch(60, top_k=6)
     outs, copies = [], []
     for limit in (None, 2):
-        router = Router(mesh.transport, {}, recovery_timeout_s=1.0, node="elsewhere", max_nodes_per_token=limit)
-        router.update(mesh.table)
+        way = mesh.transport if transport == "in_process" else GrpcTransport()
+        router = Router(way, {}, recovery_timeout_s=10.0, node="elsewhere", max_nodes_per_token=limit)
+        router.update(mesh.table if transport == "in_process" else servers.table())
         outs.append(router.dispatch(0, *batch).result())
         copies.append(router.counters.token_copies)
+        router.close()
     torch.testing.assert_close(outs[0], outs[1], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(outs[1].double(), mesh.experts.reference(*batch), atol=1e-5, rtol=1e-5)
     assert copies[1] < copies[0]
