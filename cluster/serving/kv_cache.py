@@ -85,7 +85,7 @@ class Arena:
     def resize(self, num_slots: int) -> None:
         """Room for `num_slots`, at least as many as live; what is live keeps its index.
 
-        Raises RuntimeError where the device has not got the memory; nothing has changed then.
+        Raises RuntimeError where the device has not got the memory; what is live is there still, with no more room.
         """
         live = len(self.slots)
         assert num_slots >= live
@@ -225,7 +225,8 @@ class KVCache:
             if other is not arena and other.num_slots > len(other.slots):
                 other.resize(len(other.slots))
         return any(
-            self._fits(arena, num_slots) and _resize(arena, num_slots) for num_slots in sorted({wanted, live + 1})[::-1]
+            self._fits(arena, num_slots) and _resize(arena, num_slots)
+            for num_slots in dict.fromkeys((wanted, live + 1))
         )
 
     def _fits(self, arena: Arena, num_slots: int) -> bool:
