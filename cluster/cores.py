@@ -48,6 +48,13 @@ def keep_python_to(cores: frozenset[int], free: Collection[str] = ()) -> None:
     _keep((thread.native_id for thread in threads if thread.native_id is not None), cores)
 
 
+def keep_threads_to(cores: frozenset[int], name: str) -> None:
+    """Have the threads of this process by that name run on `cores`, if there are any."""
+    threads = [thread.native_id for thread in threading.enumerate() if thread.name == name]
+    if cores:
+        _keep((thread for thread in threads if thread is not None), cores)
+
+
 def _keep(threads: Iterable[int], cores: frozenset[int]) -> None:
     for thread in threads:
         with suppress(ProcessLookupError):  # it has ended

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Mapping
 
@@ -15,7 +16,7 @@ from cluster.api_keys import read_api_keys
 from cluster.config.mesh import EngineConfig, MeshConfig
 from cluster.control.client import ControllerClient
 from cluster.control.follow import follow_tables
-from cluster.cores import keep_python_to, own_cores, usable_cores
+from cluster.cores import keep_python_to, keep_threads_to, own_cores, usable_cores
 from cluster.engine_limits import engine_limits
 from cluster.gate_options import check_gate_options, with_capacity
 from cluster.model_files import engine_dtype, expert_backend, open_checkpoint, pick_device, served_name
@@ -199,12 +200,15 @@ class EngineHost:
 
     def _choose_cores(self, table: PlacementTable) -> None:
         """Where groups have cores of their own beside us, be on those of the last, to which we send last: the others
-        are at work before it needs them. Several engines would all be there."""
+        are at work before it needs them. Several engines would all be there.
+
+        Helpers leave one core of ours alone: woken on that of the thread which they are to help, one waits there."""
         config = self._config
         alone = self._owns_process and config.engine.replicas == 1 and config.autoscaling.engine is None
         if alone and pick_device(config.engine.device).type == "cpu":
             here = {replica.group for replica in table.replicas if is_own(replica.address)}
             if cores := own_cores(len(here) - 1, len(here)):
+                keep_threads_to(frozenset(os.sched_getaffinity(0)) - {max(cores)}, ThreadTeam.NAME)
                 keep_python_to(cores, free=(ThreadTeam.NAME,))
 
     def _health(self) -> Health:

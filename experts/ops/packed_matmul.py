@@ -108,7 +108,7 @@ def pack_matrix(
     if held == "int8" and HAS_DOTS and num_inputs % dot_matmul.INPUTS == 0 and num_inputs <= dot_matmul.MOST_INPUTS:
         held = DOTS
         panels_PIL = (_beside_each_other(panels_PIL, dot_matmul.INPUTS).short() + 128).to(torch.uint8)
-    elif held == "int8" and HAS_PAIRS and num_inputs % pair_matmul.INPUTS == 0:
+    elif held == "int8" and HAS_PAIRS and num_inputs % pair_matmul.MULTIPLE == 0:
         held = PAIRS
         panels_PIL = _beside_each_other(panels_PIL, pair_matmul.INPUTS)
     matrix = PackedMatrix(

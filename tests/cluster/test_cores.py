@@ -53,21 +53,28 @@ def test_sharers_divide_the_cores(
 
 
 @pytest.mark.parametrize(
-    ("call", "free_stays"), [("keep_process_to(cores)", False), ("keep_python_to(cores, ('free',))", True)]
+    ("call", "kept"),
+    [
+        ("keep_process_to(cores)", "new this bound free"),
+        ("keep_python_to(cores, ('free',))", "new this bound"),
+        ("keep_threads_to(cores, 'free')", "free"),
+        ("keep_threads_to(frozenset(), 'free')", ""),
+    ],
 )
-def test_threads_keep_to_their_cores(call: str, free_stays: bool) -> None:
+def test_threads_keep_to_their_cores(call: str, kept: str) -> None:
     script = f"""
 import os, threading
 from cluster.cores import *
-leave, seen, all_cores = threading.Event(), [], os.sched_getaffinity(0)
+leave, seen, all_cores = threading.Event(), {{}}, os.sched_getaffinity(0)
 others = [threading.Thread(target=leave.wait, name=name) for name in ("bound", "free")]
 for other in others: other.start()
 cores = frozenset({{max(all_cores)}})
 {call}
-after = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
+after = threading.Thread(target=lambda: seen.update(new=os.sched_getaffinity(0)))
 after.start(); after.join()
-seen += [os.sched_getaffinity(thread) for thread in (0, others[0].native_id, others[1].native_id)]
+seen["this"] = os.sched_getaffinity(0)
+for other in others: seen[other.name] = os.sched_getaffinity(other.native_id)
 leave.set()
-assert seen == [cores] * 3 + [all_cores if {free_stays} else cores], seen
+assert seen == {{name: cores if name in {kept.split()} else all_cores for name in seen}}, seen
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

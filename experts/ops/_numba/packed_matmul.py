@@ -31,6 +31,8 @@ TILE_ROWS = 12 if LANES == 16 else 6
 _CACHED_BYTES = 512 << 10
 # but not fewer at once than pay for putting sums aside.
 _LEAST_DEPTH = 512
+# Of a row, that are taken at a time.
+_INPUTS = 2
 _BYTES = ir.VectorType(I8, LANES)
 _HALVES = ir.VectorType(ir.HalfType(), LANES)
 
@@ -177,18 +179,10 @@ class _Tile(Emitter):
         places = [self.at(out, self.times(out_bytes, r), v * VECTOR_BYTES) for r, v in vectors]
         rows = [self.at(row, self.times(row_bytes, r)) for r in range(self._rows)]
         before = [builder.select(is_first, same(FLOAT, 0.0), self.load(place, FLOAT)) for place in places]
-        entry, loop, after = builder.block, builder.append_basic_block("input"), builder.append_basic_block("summed")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        index = builder.phi(I64)
-        sums = [builder.phi(FLOAT) for _ in places]
-        added = self._add_input(self.at(weights, self.times(index, PANEL * self._kind.itemsize)), rows, index, sums)
-        following = builder.add(index, ir.Constant(I64, 1))
-        for phi, start, end in zip([index, *sums], [ir.Constant(I64, 0), *before], [following, *added], strict=True):
-            phi.add_incoming(start, entry)
-            phi.add_incoming(end, loop)
-        builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
-        builder.position_at_end(after)
+        # Two inputs at a time share a cache line, which is asked for once.
+        whole = builder.and_(depth, ir.Constant(I64, -_INPUTS))
+        added = self._add_inputs(ir.Constant(I64, 0), whole, _INPUTS, weights, rows, before)
+        added = self._add_inputs(whole, depth, 1, weights, rows, added)
         if self._kind.scaled or self._biased:
             steps = self.load_panel(scale) if self._kind.scaled else [same(FLOAT, 1.0)] * VECTORS
             biases = self.load_panel(bias) if self._biased else [same(FLOAT, 0.0)] * VECTORS
@@ -197,18 +191,47 @@ class _Tile(Emitter):
         for place, total in zip(places, added, strict=True):
             self.store(total, place)
 
-    def _add_input(
-        self, weights: ir.Value, rows: Sequence[ir.Value], index: ir.Value, sums: Sequence[ir.Value]
+    def _add_inputs(
+        self,
+        first: ir.Value,
+        end: ir.Value,
+        step: int,
+        weights: ir.Value,
+        rows: Sequence[ir.Value],
+        before: Sequence[ir.Value],
     ) -> list[ir.Value]:
-        """The sums after one more input: its weights for a panel, times every row's value."""
-        itemsize, read = self._kind.itemsize, self._kind.read
-        self.prefetch(weights, PANEL * itemsize, once=self._rows < TILE_ROWS)
+        """The sums after inputs from `first` to `end`, so many at a time: their weights for a panel, times every row's
+        values."""
+        builder, input_bytes = self.builder, PANEL * self._kind.itemsize
+        entry, loop, after = builder.block, builder.append_basic_block("inputs"), builder.append_basic_block("added")
+        builder.cbranch(builder.icmp_signed("<", first, end), loop, after)
+        builder.position_at_end(loop)
+        index = builder.phi(I64)
+        sums = [builder.phi(FLOAT) for _ in before]
+        place, added = self.at(weights, self.times(index, input_bytes)), list[ir.Value](sums)
+        self.prefetch(place, step * input_bytes, once=self._rows < TILE_ROWS)
+        for number in range(step):
+            widened = self._widen(self.after(place, number * input_bytes))
+            for r, row in enumerate(rows):
+                value = self.spread(self.load(self.at(row, self.times(index, 4), number * 4), ir.FloatType()))
+                for at, weight in enumerate(widened, r * VECTORS):
+                    added[at] = self.multiply_add(weight, value, added[at])
+        following = builder.add(index, ir.Constant(I64, step))
+        for phi, start, then in zip([index, *sums], [first, *before], [following, *added], strict=True):
+            phi.add_incoming(start, entry)
+            phi.add_incoming(then, loop)
+        builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
+        builder.position_at_end(after)
+        totals = [builder.phi(FLOAT) for _ in before]
+        for phi, start, then in zip(totals, before, added, strict=True):
+            phi.add_incoming(start, entry)
+            phi.add_incoming(then, loop)
+        return totals
+
+    def _widen(self, weights: ir.Value) -> list[ir.Value]:
+        """A panel's weights for an input."""
         widened: list[ir.Value] = []
         while len(widened) < VECTORS:
-            place = self.after(weights, len(widened) * LANES * itemsize)
-            widened += self._kind.widen(self.builder, self.load(place, read))
-        added: list[ir.Value] = []
-        for row in rows:
-            value = self.spread(self.load(self.at(row, self.times(index, 4)), ir.FloatType()))
-            added += [self.multiply_add(weight, value, sums[len(added) + v]) for v, weight in enumerate(widened)]
-        return added
+            place = self.after(weights, len(widened) * LANES * self._kind.itemsize)
+            widened += self._kind.widen(self.builder, self.load(place, self._kind.read))
+        return widened

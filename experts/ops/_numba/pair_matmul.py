@@ -29,6 +29,10 @@ INPUTS = 2
 """That lie beside each other."""
 DEPTH = 512
 """Inputs whose products, the largest, 32 bits hold."""
+# Pairs of an output that are taken at a time, so that less is counted and asked for.
+_PAIRS = 2
+MULTIPLE = INPUTS * _PAIRS
+"""How many inputs there are is a multiple of it."""
 _TILE_ROWS = 12 if LANES == 16 else 6
 _BYTES, _WORDS = ir.VectorType(I8, 2 * LANES), ir.VectorType(ir.IntType(16), 2 * LANES)
 _ADD_PRODUCTS = "llvm.x86.avx512.pmaddw.d.512" if LANES == 16 else "llvm.x86.avx2.pmadd.wd"
@@ -144,14 +148,20 @@ class _Tile(Emitter):
         index = builder.phi(I64)
         sums = [builder.phi(INT) for _ in range(self._rows * VECTORS)]
         place = self.at(weights, self.times(index, PANEL))
-        self.prefetch(place, PANEL * INPUTS, once=self._rows < _TILE_ROWS)
-        read = [builder.sext(self.load(self.after(place, v * LANES * INPUTS), _BYTES), _WORDS) for v in range(VECTORS)]
-        added: list[ir.Value] = []
-        for each in words:
-            pair = builder.bitcast(self.spread(self.load(self.at(each, self.times(index, 2)), I32)), _WORDS)
-            for weight in read:
-                added.append(builder.add(sums[len(added)], self._products(weight, pair)))
-        following = builder.add(index, ir.Constant(I64, INPUTS))
+        self.prefetch(place, PANEL * INPUTS * _PAIRS, once=self._rows < _TILE_ROWS)
+        added: list[ir.Value] = list(sums)
+        for pair in range(_PAIRS):
+            read = [
+                builder.sext(self.load(self.after(place, (pair * VECTORS + v) * LANES * INPUTS), _BYTES), _WORDS)
+                for v in range(VECTORS)
+            ]
+            for r, each in enumerate(words):
+                two = self.load(self.at(each, self.times(index, 2), pair * INPUTS * 2), I32)
+                spread = builder.bitcast(self.spread(two), _WORDS)
+                for v, weight in enumerate(read):
+                    number = r * VECTORS + v
+                    added[number] = builder.add(added[number], self._products(weight, spread))
+        following = builder.add(index, ir.Constant(I64, MULTIPLE))
         for phi, start, end in zip(
             [index, *sums], [ir.Constant(I64, 0), *[same(INT, 0)] * len(sums)], [following, *added], strict=True
         ):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experts.ops._numba import vectors
-from experts.ops._numba.pair_matmul import DEPTH, INPUTS
+from experts.ops._numba.pair_matmul import DEPTH, MULTIPLE
 from experts.ops.packed_matmul import PAIRS, PackedMatrix, pack_matrix, packed_matmul
 
 pytestmark = pytest.mark.skipif(not vectors.HAS_PAIRS, reason="this CPU has no instruction for pairs of products")
@@ -26,7 +26,7 @@ def matrix_of(weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> Pa
 
 
 @pytest.mark.parametrize("num_rows", range(1, 14))
-@pytest.mark.parametrize("num_inputs", [2, 62, DEPTH, DEPTH + 2])
+@pytest.mark.parametrize("num_inputs", [4, 60, DEPTH, DEPTH + 4])
 def test_whole_steps_are_multiplied_exactly(num_inputs: int, num_rows: int) -> None:
     generator = torch.Generator().manual_seed(num_inputs + num_rows)
     weight_OI = torch.randint(-127, 128, (70, num_inputs), generator=generator)
@@ -75,8 +75,8 @@ def test_rows_of_zeros_and_what_is_no_number() -> None:
     assert not got_RO[2:].isfinite().any()
 
 
-def test_what_does_not_come_in_twos_is_widened() -> None:
+def test_what_does_not_come_in_fours_is_widened() -> None:
     for num_inputs in range(1, 6):
         packed = pack_matrix(torch.ones(8, num_inputs, dtype=torch.int8), scale_O=torch.ones(8))
-        assert (packed.format == PAIRS) == (num_inputs % INPUTS == 0)
+        assert (packed.format == PAIRS) == (num_inputs % MULTIPLE == 0)
         assert packed_matmul(packed, torch.ones(3, num_inputs)).allclose(torch.tensor(float(num_inputs)))
