@@ -56,6 +56,9 @@ def start_local_ray() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Serve's controller looks after its deployments ten times a second, for milliseconds, on the cores that compute.
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
+    # Serve's part of a replica and ours on one event loop: a streamed token need not go from thread to thread. None of
+    # ours blocks it.
+    os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
     try:
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray has no class of its own for this

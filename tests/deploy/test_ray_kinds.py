@@ -120,10 +120,14 @@ def test_replicas_have_one_owner(ray_service, pod_templates):
         assert all(g["maxReplicas"] == g["replicas"] for g in cluster["workerGroupSpecs"])
 
 
-def test_every_ray_node_has_the_same_proxy(pod_templates):
+def test_every_ray_node_runs_serve_alike(pod_templates):
     for name, template in pod_templates.items():
         (container,) = template["spec"]["containers"]
-        assert {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"} in container["env"], name
+        of_serve = {entry["name"]: entry["value"] for entry in container["env"] if "RAY_SERVE_" in entry["name"]}
+        assert of_serve == {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        }, name
         writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
         assert "/tmp" in writable, "HAProxy's configuration and sockets lie there"
 
