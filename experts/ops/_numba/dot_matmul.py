@@ -152,24 +152,18 @@ class _Tile(Emitter):
             for offset in (4, 8)
             for _ in range(VECTORS)
         ]
-        entry, loop, after = builder.block, builder.append_basic_block("inputs"), builder.append_basic_block("summed")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        index = builder.phi(I64)
-        sums = [builder.phi(INT) for _ in before]
-        place = self.at(weights, self.times(index, PANEL))
-        self.prefetch(place, PANEL * INPUTS, once=self._rows < _TILE_ROWS)
-        read = [self.load(self.after(place, v * VECTOR_BYTES), INT) for v in range(VECTORS)]
-        added: list[ir.Value] = []
-        for each in planes:
-            four = self.spread(self.load(builder.add(each, index), I32))
-            added += [self._dot(sums[len(added) + v], read[v], four) for v in range(VECTORS)]
-        following = builder.add(index, ir.Constant(I64, INPUTS))
-        for phi, start, end in zip([index, *sums], [_ZERO, *before], [following, *added], strict=True):
-            phi.add_incoming(start, entry)
-            phi.add_incoming(end, loop)
-        builder.cbranch(builder.icmp_signed("<", following, plane), loop, after)
-        builder.position_at_end(after)
+
+        def add(index: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
+            place = self.at(weights, self.times(index, PANEL))
+            self.prefetch(place, PANEL * INPUTS, once=self._rows < _TILE_ROWS)
+            read = [self.load(self.after(place, v * VECTOR_BYTES), INT) for v in range(VECTORS)]
+            added: list[ir.Value] = []
+            for each in planes:
+                four = self.spread(self.load(builder.add(each, index), I32))
+                added += [self._dot(sums[len(added) + v], read[v], four) for v in range(VECTORS)]
+            return added
+
+        added = self.loop(_ZERO, plane, INPUTS, before, add)
         scales = self.load_panel(scale)
         biases = self.load_panel(bias) if self._biased else [same(FLOAT, 0.0)] * VECTORS
         for r, head in enumerate(heads):

@@ -202,31 +202,20 @@ class _Tile(Emitter):
     ) -> list[ir.Value]:
         """The sums after inputs from `first` to `end`, so many at a time: their weights for a panel, times every row's
         values."""
-        builder, input_bytes = self.builder, PANEL * self._kind.itemsize
-        entry, loop, after = builder.block, builder.append_basic_block("inputs"), builder.append_basic_block("added")
-        builder.cbranch(builder.icmp_signed("<", first, end), loop, after)
-        builder.position_at_end(loop)
-        index = builder.phi(I64)
-        sums = [builder.phi(FLOAT) for _ in before]
-        place, added = self.at(weights, self.times(index, input_bytes)), list[ir.Value](sums)
-        self.prefetch(place, step * input_bytes, once=self._rows < TILE_ROWS)
-        for number in range(step):
-            widened = self._widen(self.after(place, number * input_bytes))
-            for r, row in enumerate(rows):
-                value = self.spread(self.load(self.at(row, self.times(index, 4), number * 4), ir.FloatType()))
-                for at, weight in enumerate(widened, r * VECTORS):
-                    added[at] = self.multiply_add(weight, value, added[at])
-        following = builder.add(index, ir.Constant(I64, step))
-        for phi, start, then in zip([index, *sums], [first, *before], [following, *added], strict=True):
-            phi.add_incoming(start, entry)
-            phi.add_incoming(then, loop)
-        builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
-        builder.position_at_end(after)
-        totals = [builder.phi(FLOAT) for _ in before]
-        for phi, start, then in zip(totals, before, added, strict=True):
-            phi.add_incoming(start, entry)
-            phi.add_incoming(then, loop)
-        return totals
+        input_bytes = PANEL * self._kind.itemsize
+
+        def add(index: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
+            place, added = self.at(weights, self.times(index, input_bytes)), list(sums)
+            self.prefetch(place, step * input_bytes, once=self._rows < TILE_ROWS)
+            for number in range(step):
+                widened = self._widen(self.after(place, number * input_bytes))
+                for r, row in enumerate(rows):
+                    value = self.spread(self.load(self.at(row, self.times(index, 4), number * 4), ir.FloatType()))
+                    for at, weight in enumerate(widened, r * VECTORS):
+                        added[at] = self.multiply_add(weight, value, added[at])
+            return added
+
+        return self.loop(first, end, step, before, add)
 
     def _widen(self, weights: ir.Value) -> list[ir.Value]:
         """A panel's weights for an input."""

@@ -142,33 +142,23 @@ class _Tile(Emitter):
         builder = self.builder
         heads = [self.at(row, self.times(row_bytes, r)) for r in range(self._rows)]
         words = [self.at(head, self.times(first, 2), HEAD_BYTES) for head in heads]
-        entry, loop, after = builder.block, builder.append_basic_block("inputs"), builder.append_basic_block("summed")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        index = builder.phi(I64)
-        sums = [builder.phi(INT) for _ in range(self._rows * VECTORS)]
-        place = self.at(weights, self.times(index, PANEL))
-        self.prefetch(place, PANEL * INPUTS * _PAIRS, once=self._rows < _TILE_ROWS)
-        added: list[ir.Value] = list(sums)
-        for pair in range(_PAIRS):
-            read = [
-                builder.sext(self.load(self.after(place, (pair * VECTORS + v) * LANES * INPUTS), _BYTES), _WORDS)
-                for v in range(VECTORS)
-            ]
-            for r, each in enumerate(words):
-                two = self.load(self.at(each, self.times(index, 2), pair * INPUTS * 2), I32)
-                spread = builder.bitcast(self.spread(two), _WORDS)
-                for v, weight in enumerate(read):
-                    number = r * VECTORS + v
-                    added[number] = builder.add(added[number], self._products(weight, spread))
-        following = builder.add(index, ir.Constant(I64, MULTIPLE))
-        for phi, start, end in zip(
-            [index, *sums], [ir.Constant(I64, 0), *[same(INT, 0)] * len(sums)], [following, *added], strict=True
-        ):
-            phi.add_incoming(start, entry)
-            phi.add_incoming(end, loop)
-        builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
-        builder.position_at_end(after)
+
+        def add(index: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
+            place, added = self.at(weights, self.times(index, PANEL)), list(sums)
+            self.prefetch(place, PANEL * MULTIPLE, once=self._rows < _TILE_ROWS)
+            for pair in range(_PAIRS):
+                read = [
+                    builder.sext(self.load(self.after(place, (pair * VECTORS + v) * LANES * INPUTS), _BYTES), _WORDS)
+                    for v in range(VECTORS)
+                ]
+                for r, each in enumerate(words):
+                    two = self.load(self.at(each, self.times(index, 2), pair * INPUTS * 2), I32)
+                    spread = builder.bitcast(self.spread(two), _WORDS)
+                    for at, weight in enumerate(read, r * VECTORS):
+                        added[at] = builder.add(added[at], self._products(weight, spread))
+            return added
+
+        added = self.loop(ir.Constant(I64, 0), depth, MULTIPLE, [same(INT, 0)] * (self._rows * VECTORS), add)
         is_first = builder.icmp_signed("==", first, ir.Constant(I64, 0))
         scales = self.load_panel(scale)
         biases = self.load_panel(bias) if self._biased else [same(FLOAT, 0.0)] * VECTORS

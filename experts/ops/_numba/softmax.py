@@ -85,26 +85,13 @@ class _Row(Emitter):
     def each(self, step: _Step, start: Sequence[ir.Value]) -> Sequence[ir.Value]:
         """What `step` makes, vector by vector, of `start`; it gets a vector's place, and which lanes are the row's."""
         builder = self.builder
-        entry, loop, after = builder.block, builder.append_basic_block("vector"), builder.append_basic_block("through")
-        builder.cbranch(builder.icmp_signed(">", self._count, ir.Constant(I64, 0)), loop, after)
-        builder.position_at_end(loop)
-        index, states = builder.phi(I64), [builder.phi(FLOAT) for _ in start]
-        left = builder.trunc(builder.sub(self._count, index), I32)
-        lanes = builder.icmp_signed("<", ir.Constant(INT, list(range(LANES))), self.spread(left))
-        made = step(self.at(self._place, self.times(index, VECTOR_BYTES // LANES)), lanes, states)
-        following = builder.add(index, ir.Constant(I64, LANES))
-        for phi, first, then in zip([index, *states], [ir.Constant(I64, 0), *start], [following, *made], strict=True):
-            phi.add_incoming(first, entry)
-            phi.add_incoming(then, builder.block)
-        builder.cbranch(builder.icmp_signed("<", following, self._count), loop, after)
-        results = []
-        last = builder.block
-        builder.position_at_end(after)
-        for first, then in zip(start, made, strict=True):
-            results.append(builder.phi(FLOAT))
-            results[-1].add_incoming(first, entry)
-            results[-1].add_incoming(then, last)
-        return results
+
+        def vector(index: ir.Value, states: Sequence[ir.Value]) -> Sequence[ir.Value]:
+            left = builder.trunc(builder.sub(self._count, index), I32)
+            lanes = builder.icmp_signed("<", ir.Constant(INT, list(range(LANES))), self.spread(left))
+            return step(self.at(self._place, self.times(index, VECTOR_BYTES // LANES)), lanes, states)
+
+        return self.loop(ir.Constant(I64, 0), self._count, LANES, start, vector)
 
     def load_lanes(self, place: ir.Value, lanes: ir.Value) -> ir.Value:
         pointer = self.builder.inttoptr(place, FLOAT.as_pointer())

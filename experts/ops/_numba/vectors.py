@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils
@@ -61,6 +63,34 @@ class Emitter:
         kind = ir.FunctionType(FLOAT, [FLOAT] * 3)
         function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
         return self.builder.call(function, [left, right, total])
+
+    def loop(
+        self,
+        first: ir.Value,
+        end: ir.Value,
+        step: int,
+        before: Sequence[ir.Value],
+        body: Callable[[ir.Value, Sequence[ir.Value]], Sequence[ir.Value]],
+    ) -> list[ir.Value]:
+        """What `body`, of an index and what there is then, makes of `before`: for every `step`-th index from `first` on
+        below `end`, if there is any."""
+        builder = self.builder
+        entry, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
+        builder.cbranch(builder.icmp_signed("<", first, end), loop, after)
+        builder.position_at_end(loop)
+        index, states = builder.phi(I64), [builder.phi(value.type) for value in before]
+        made = body(index, states)
+        following, last = builder.add(index, ir.Constant(I64, step)), builder.block
+        builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
+        for phi, start, then in zip([index, *states], [first, *before], [following, *made], strict=True):
+            phi.add_incoming(start, entry)
+            phi.add_incoming(then, last)
+        builder.position_at_end(after)
+        results = [builder.phi(value.type) for value in before]
+        for phi, start, then in zip(results, before, made, strict=True):
+            phi.add_incoming(start, entry)
+            phi.add_incoming(then, last)
+        return results
 
     def prefetch(self, address: ir.Value, size: int, *, once: bool) -> None:
         """Ask for memory that is read soon after `address`.
