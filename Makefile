@@ -21,7 +21,7 @@ serve: $(READY) ## serve the demo model on 127.0.0.1 (PORT=8000) until Ctrl-C
 	@exec $(BIN)/expertmesh serve deploy/mesh.yaml --port $(PORT)
 
 test: $(READY) ## lint, types, import rule, and all tests but the two below (no GPU needed)
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest -m "not slow and not kubernetes" $(PYTEST_ARGS)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not kubernetes" $(PYTEST_ARGS)
 
 test-slow: $(READY) ## the long proofs
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

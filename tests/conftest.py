@@ -121,6 +121,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs beside it (`make test`): Ray on this machine once at a time, Ray on hosts of its own likewise."""
+    for item in items:
+        if "three_hosts" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("hosts"))
+        elif item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """family -> directory of a random float32 checkpoint with a byte-level tokenizer (token id = byte, see above)."""

@@ -151,7 +151,7 @@ def test_tokens_are_exact_and_a_killed_group_comes_back(ray_url: str, tiny_check
     assert [group["slots"] for group in _status()["groups"]] == slots
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("groups", [*(pytest.param(few, marks=pytest.mark.slow) for few in (1, 2)), 4])
 def test_object_refs_give_the_tokens_of_generate(
     groups: int,
     ray_url: str,

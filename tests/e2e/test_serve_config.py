@@ -92,11 +92,15 @@ def test_serve_deploy_serves_the_demo_model(
     with child_process(("env", "-C", str(ROOT), *start), env=environment, log=log):
         bearer = {"Authorization": f"Bearer {token.read_text()}"}
         _until(lambda: _answers(f"http://127.0.0.1:{dashboard}/api/version", bearer), "Ray", log)
-        deploy = subprocess.run(
-            ["serve", "deploy", str(file), "--address", f"http://127.0.0.1:{dashboard}"],
-            env=environment, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, check=False,
-        )  # fmt: skip
-        assert deploy.returncode == 0, deploy.stdout + deploy.stderr
+        deploy = ("serve", "deploy", str(file), "--address", f"http://127.0.0.1:{dashboard}")
+
+        def deployed() -> bool:
+            # Ray's dashboard answers before all of its parts do; an operator asks again too.
+            with log.open("a") as said:
+                done = subprocess.run(deploy, env=environment, cwd=ROOT, stdout=said, stderr=said, timeout=WAIT_S)
+            return done.returncode == 0
+
+        _until(deployed, "`serve deploy`", log)
         _until(lambda: _answers(f"http://127.0.0.1:{port}/health"), "the application", log)
         body = {"model": "expertmesh-demo", "prompt": "def main(", "max_tokens": 16, "temperature": 0}
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=WAIT_S)
