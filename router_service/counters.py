@@ -52,38 +52,35 @@ class RouterCounters:
     def batch(self, layer: int, num_tokens: int, tokens_per_expert_E: npt.NDArray[np.int64]) -> None:
         """Count a batch that was planned."""
         with self.lock:
-            self.batches += 1
-            self.tokens += num_tokens
-            counted = self.expert_tokens.get(layer)
-            if counted is None:
-                self.expert_tokens[layer] = tokens_per_expert_E.copy()
-            else:
-                counted += tokens_per_expert_E
+            self._batch(layer, num_tokens, tokens_per_expert_E)
 
-    def small_batch(
+    def small_batches(
         self,
-        layer: int,
-        tokens_per_expert_E: npt.NDArray[np.int64],
-        shares_G3: Sequence[tuple[int, int, int]],
+        layers: Sequence[int],
+        tokens_per_expert_LE: npt.NDArray[np.int64],
+        shares_LG3: npt.NDArray[np.int64],
         num_tokens: int,
         hidden_size: int,
-        seconds: float,
+        seconds_L: Sequence[float],
     ) -> None:
-        """Count a batch that went to groups of this node and came back after so long, all of the below at once.
+        """Count batches that went to groups of this node, one a layer, and came back after so long: all that is counted
+        of each, at once. Beyond `layers`, arrays are not looked at.
 
-        shares_G3: see `SplitRows`
+        shares_LG3: see `SplitRows`
         """
-        copies = [tokens or num_tokens for rows, _, tokens in shares_G3 if rows]
-        num_bytes = sum(copies) * hidden_size * 4
-        self.batch(layer, num_tokens, tokens_per_expert_E)
+        rows_LG, _, tokens_LG = shares_LG3[: len(layers)].transpose(2, 0, 1)
+        copies_LG = np.where(tokens_LG > 0, tokens_LG, num_tokens) * (rows_LG > 0)
+        calls, rows, copies = int(np.count_nonzero(rows_LG)), int(rows_LG.sum()), int(copies_LG.sum())
         with self.lock:
-            self.token_nodes += num_tokens
-            self.calls += len(copies)
-            self.rows += sum(rows for rows, _, _ in shares_G3)
-            self.token_copies += sum(copies)
-            self.bytes_sent += num_bytes
-            self.bytes_received += num_bytes
-        self.combined(seconds)
+            for layer, tokens_per_expert_E, seconds in zip(layers, tokens_per_expert_LE, seconds_L, strict=False):
+                self._batch(layer, num_tokens, tokens_per_expert_E)
+                self._combined(seconds)
+            self.token_nodes += num_tokens * len(layers)
+            self.calls += calls
+            self.rows += rows
+            self.token_copies += copies
+            self.bytes_sent += copies * hidden_size * 4
+            self.bytes_received += copies * hidden_size * 4
 
     def node(self, num_tokens: int) -> None:
         """Count the tokens of a batch that go to one node."""
@@ -107,7 +104,18 @@ class RouterCounters:
 
     def combined(self, seconds: float) -> None:
         """Count a batch whose sum is there, and how long after its dispatch."""
-        bucket = bisect_left(LATENCY_S, seconds)
         with self.lock:
-            self.latency_counts[bucket] += 1
-            self.latency_s += seconds
+            self._combined(seconds)
+
+    def _batch(self, layer: int, num_tokens: int, tokens_per_expert_E: npt.NDArray[np.int64]) -> None:
+        self.batches += 1
+        self.tokens += num_tokens
+        counted = self.expert_tokens.get(layer)
+        if counted is None:
+            self.expert_tokens[layer] = tokens_per_expert_E.copy()
+        else:
+            counted += tokens_per_expert_E
+
+    def _combined(self, seconds: float) -> None:
+        self.latency_counts[bisect_left(LATENCY_S, seconds)] += 1
+        self.latency_s += seconds

@@ -150,7 +150,5 @@ class LaneRun:
         self._batches.leave(self._desk, usable=False)
 
     def _count(self, num_tokens: int, seconds_L: Sequence[float]) -> None:
-        hidden_size, counters = self._stack.first.shape[0], self._batches.counters
-        layers = zip(self._stack.layers, self.rows_LE, self.shares_LG3.tolist(), seconds_L, strict=False)
-        for layer, rows_E, shares_G3, seconds in layers:
-            counters.small_batch(layer, rows_E, shares_G3, num_tokens, hidden_size, seconds)
+        layers, hidden_size = self._stack.layers[: len(seconds_L)], self._stack.first.shape[0]
+        self._batches.counters.small_batches(layers, self.rows_LE, self.shares_LG3, num_tokens, hidden_size, seconds_L)

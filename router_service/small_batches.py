@@ -245,8 +245,8 @@ class SmallBatch:
         whole = ended == SUMMED
         if whole:
             split, seconds = desk.split, time.monotonic() - self._dispatched
-            batches.counters.small_batch(
-                self._layer, split.rows_E, split.shares_G3.tolist(), num_tokens, hidden_size, seconds
+            batches.counters.small_batches(
+                *([self._layer], split.rows_E[None], split.shares_G3[None], num_tokens, hidden_size, [seconds])
             )
         batches.leave(desk, usable=whole)
         if whole:
