@@ -27,6 +27,7 @@ from cluster.serving.model_runner import OverlapThresholds
 from cluster.serving.openai_api import create_app
 from cluster.serving.skeleton import ModelSkeleton, load_skeleton
 from cluster.serving.tokenizer import Tokenizer, load_tokenizer
+from experts.errors import ConfigError
 from experts.group import ExpertGroup
 from experts.ops.cpu_threads import ThreadTeam
 from experts.spec import ExpertKey
@@ -138,7 +139,12 @@ class EngineHost:
             registry=self._registry(self._router, gates),
         )
         if config.router.service_port is not None:
-            self._service = RouterServer(self._router, host=self._address, port=config.router.service_port)
+            try:
+                self._service = RouterServer(self._router, host=self._address, port=config.router.service_port)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"router.service_port: {error} Engines of one node cannot share one; 0: any"
+                ) from None
             self._service.start()
             log.info("RouterService listens on %s", self._service.address)
         if table is not None:

@@ -20,7 +20,14 @@ def setting_problems(config: MeshConfig, *, here: bool) -> list[str]:
 
     here: it is to be served on this machine. What only the devices of another would tell is left out otherwise.
     """
-    checks: tuple[Callable[[MeshConfig, bool], None], ...] = (_keys, _autoscaling, _engine, _experts, _length)
+    checks: tuple[Callable[[MeshConfig, bool], None], ...] = (
+        _keys,
+        _autoscaling,
+        _services,
+        _engine,
+        _experts,
+        _length,
+    )
     return list(_problems(checks, config, here))
 
 
@@ -41,6 +48,15 @@ def _keys(config: MeshConfig, here: bool) -> None:
 
 def _autoscaling(config: MeshConfig, here: bool) -> None:
     check_sections(config.autoscaling)
+
+
+def _services(config: MeshConfig, here: bool) -> None:
+    port, several = config.router.service_port, config.engine.replicas > 1 or config.autoscaling.engine is not None
+    if here and port and several:  # on a cluster each may be on a node of its own
+        raise ConfigError(
+            f"router.service_port: only one engine of a machine can listen on {port}; give 0, for any free port, or "
+            "have one engine (engine.replicas: 1, no autoscaling.engine)"
+        )
 
 
 def _engine(config: MeshConfig, here: bool) -> None:

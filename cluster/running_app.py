@@ -11,6 +11,7 @@ from ray import serve
 from ray._private import services
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatusOverview
 
 from cluster.loopback import keep_loopback
 from cluster.reachable import unreachable
@@ -90,9 +91,15 @@ def _ask_engines(method: str) -> list[Any]:
 def deployment_failure() -> str:
     """Why the application could not be deployed: our own error's words where one was raised, else Serve's."""
     application = serve.status().applications.get(APPLICATION)
+    if application is not None and (own := own_words(application)):
+        return own[0]
     messages = [d.message for d in application.deployments.values()] if application else []
-    for message in (*messages, application.message if application else ""):
-        if own := re.search(r"experts\.errors\.\w+: (.+)", message):
-            return own.group(1)
     words = next((m for m in messages if "Error" in m or "failed" in m), "the application did not start")
     return f"{words.strip().splitlines()[-1]}; see the logs under /tmp/ray/session_latest/logs/serve"
+
+
+def own_words(application: ApplicationStatusOverview) -> list[str]:
+    """Of our own errors that keep replicas from starting."""
+    messages = (*(deployment.message for deployment in application.deployments.values()), application.message)
+    found = (re.search(r"experts\.errors\.\w+: (.+)", message) for message in messages)
+    return [own.group(1) for own in found if own]

@@ -69,7 +69,7 @@ class Failover:
         """Bring home what `flight` did not: (part, partial_TH) ascending by group.
 
         hidden_TH: the whole batch; until: the caller's own deadline (monotonic clock), inf where it has none.
-        Raises GroupUnavailable naming the group that stayed away.
+        Raises GroupUnavailable naming the group that stayed away, ReplyAbandoned where the caller's deadline passed.
         """
         if self._mode == "fail":
             raise self._unavailable(flight, failure) from failure
@@ -109,10 +109,13 @@ class Failover:
             if self._mode == "degrade":
                 self._count_degraded(todo, len(hidden_TH))
                 break
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
+            now = time.monotonic()
+            if now >= until:
+                words = f"expert group {flight.part.group}: {failure}; nothing replaced it in the caller's time"
+                raise ReplyAbandoned(words) from failure
+            if now >= deadline:
                 raise self._unavailable(flight, failure) from failure
-            self._board.wait_other(view, min(left_s, RETRY_S))
+            self._board.wait_other(view, min(deadline - now, RETRY_S))
         done.sort(key=lambda answered: answered[0].group)
         return done
 

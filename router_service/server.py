@@ -30,9 +30,10 @@ from router_service.wire.v1 import router_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RouterService"].full_name
 
-_MAX_CALLS = 256
-# Of these, so many may watch the placement: each has a thread for as long as it lasts.
-_MAX_WATCHES = 64
+_MAX_CALLS = 512
+# Of these, so many may be streams, or watch the placement: each has a thread for as long as it lasts, and calls and
+# health checks need theirs.
+_MAX_STREAMS, _MAX_WATCHES = 256, 64
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -84,7 +85,7 @@ class RouterServer:
             raise ConfigError(f"cannot listen on {host}:{port}; is the port taken?") from None
         self.address = f"{host}:{bound}"
         self._stopping = threading.Event()
-        self._watches = threading.Semaphore(_MAX_WATCHES)
+        self._streams, self._watches = threading.Semaphore(_MAX_STREAMS), threading.Semaphore(_MAX_WATCHES)
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def start(self) -> None:
@@ -134,6 +135,7 @@ class RouterServer:
         return answer
 
     def _stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        _keep_thread(self._streams, context, f"{_MAX_STREAMS} streams are open already; close one that is idle")
         rpc = _Rpc(context) if _has_deadline(context) else None
         for request in requests:
             try:
@@ -151,12 +153,11 @@ class RouterServer:
     def _watch_placement(
         self, request: pb.GetPlacementRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.Placement]:
-        if not self._watches.acquire(blocking=False):
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_MAX_WATCHES} watch already; ask with GetPlacement")
-        if not context.add_callback(self._watches.release):  # it has ended already
-            self._watches.release()
+        _keep_thread(self._watches, context, f"{_MAX_WATCHES} watch already; ask with GetPlacement")
         table = None
         while context.is_active():
+            if self._stopping.is_set():
+                context.abort(grpc.StatusCode.UNAVAILABLE, "this engine stops; watch another's placement")
             newer = self._router.wait_table(table, _WATCH_S)
             if newer is not table and newer is not None:
                 table = newer
@@ -192,6 +193,14 @@ class _Rpc:
         self._ended = True
         if (pending := self._pending) is not None:
             pending.cancel()
+
+
+def _keep_thread(places: threading.Semaphore, context: grpc.ServicerContext, refusal: str) -> None:
+    """Take one of `places` until the RPC ends; abort it where none is left."""
+    if not places.acquire(blocking=False):
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal)
+    if not context.add_callback(places.release):  # it has ended already
+        places.release()
 
 
 def _has_deadline(context: grpc.ServicerContext) -> bool:

@@ -26,8 +26,18 @@ from cluster.config.mesh import MeshConfig
 from cluster.local_ray import shape_proxy_errors, start_local_ray
 from cluster.model_files import check_model, served_name
 from cluster.preflight import setting_problems
-from cluster.running_app import APPLICATION, connect, deployment_failure, end_sequences, router_services
+from cluster.running_app import (
+    APPLICATION,
+    connect,
+    deployment_failure,
+    end_sequences,
+    own_words,
+    router_services,
+)
 from experts.errors import ConfigError
+
+# How long Serve may take to notice that an application was deleted while it was deployed.
+_DEPLOYING_S = 10.0
 
 
 def serve_mesh(config: MeshConfig, mesh: Path, address: str | None, prompt: str) -> None:
@@ -42,7 +52,8 @@ def serve_mesh(config: MeshConfig, mesh: Path, address: str | None, prompt: str)
             if problems := setting_problems(config, here=not address):
                 raise ConfigError("\n".join(f"{mesh}: {problem}" for problem in problems))
         if not address:  # a cluster's Serve may listen there already, and is then used as it is
-            _check_port(http.host, http.port)
+            _check_port("http.port", http.host, http.port)
+            _check_port("router.service_port", "127.0.0.1", config.router.service_port or 0)
         with _ray(address, progress):
             if not address:
                 # As all of a local Ray: a laptop should not offer its experts around.
@@ -68,15 +79,16 @@ def _stop_on_signals() -> None:
     signal.signal(signal.SIGINT, interrupt)
 
 
-def _check_port(host: str, port: int) -> None:
+def _check_port(key: str, host: str, port: int) -> None:
+    """0 is any that is free."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
+            another = "another with --port (make serve PORT=...)" if key == "http.port" else "another"
             raise ConfigError(
-                f"http.port: cannot listen on {host}:{port} ({error.strerror}); "
-                "stop what listens there or choose another with --port (make serve PORT=...)"
+                f"{key}: cannot listen on {host}:{port} ({error.strerror}); stop what listens there or choose {another}"
             ) from None
 
 
@@ -101,8 +113,18 @@ def _application(config: MeshConfig, progress: Progress) -> Iterator[None]:
     http = config.http
     with progress.phase("Serve"):
         serve.start(http_options={"host": http.host, "port": http.port, "request_timeout_s": None})
+    failed: list[Exception] = []
+    # A daemon, so that Ctrl-C need not wait for an application that cannot start.
+    deploying = threading.Thread(target=_run, args=(build(config.model_dump(mode="json")), failed), daemon=True)
     try:
-        _deploy(config, progress)
+        with progress.phase("experts and engine"):
+            deploying.start()
+            while deploying.is_alive():
+                shape_proxy_errors()
+                progress.update(_loading())
+                deploying.join(0.25)
+            if failed:
+                raise ConfigError(deployment_failure()) from None
         yield
     finally:
         progress.say("stopping ...")
@@ -111,21 +133,8 @@ def _application(config: MeshConfig, progress: Progress) -> Iterator[None]:
             serve.delete(APPLICATION)
         except TimeoutError:
             progress.say("Serve has not taken the application down within a minute")
-
-
-def _deploy(config: MeshConfig, progress: Progress) -> None:
-    application = build(config.model_dump(mode="json"))
-    with progress.phase("experts and engine"):
-        failed: list[Exception] = []
-        # A daemon, so that Ctrl-C need not wait for an application that cannot start.
-        running = threading.Thread(target=_run, args=(application, failed), daemon=True)
-        running.start()
-        while running.is_alive():
-            shape_proxy_errors()
-            progress.update(_loading())
-            running.join(0.25)
-        if failed:
-            raise ConfigError(deployment_failure()) from None
+        if deploying.is_alive():  # until it sees that its application is gone; what it asks without Ray starts another
+            deploying.join(_DEPLOYING_S)
 
 
 def _run(application: Application, failed: list[Exception]) -> None:
@@ -150,7 +159,8 @@ def _loading() -> str:
     replicas = [replica for group in status["groups"] for replica in group["replicas"]]
     ready = sum(replica["ready"] for replica in replicas)
     loaded, total = (sum(replica[key] for replica in replicas) for key in ("loaded_bytes", "total_bytes"))
-    return f"{ready}/{len(status['groups'])} groups ready, {loaded / 1e6:.1f} of {total / 1e6:.1f} MB loaded"
+    problem = "".join(f"; trying again after: {words}" for words in own_words(application)[:1])
+    return f"{ready}/{len(status['groups'])} groups ready, {loaded / 1e6:.1f} of {total / 1e6:.1f} MB loaded{problem}"
 
 
 def _api_headers(config: MeshConfig) -> dict[str, str]:

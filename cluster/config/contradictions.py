@@ -7,7 +7,7 @@ from cluster.config.mesh import MeshConfig
 
 def contradictions(config: MeshConfig) -> list[tuple[tuple[str, str], str]]:
     """(section and key, what is wrong and what to do) of each."""
-    experts, router, engine = config.experts, config.router, config.engine
+    experts, router, engine, http = config.experts, config.router, config.engine, config.http
     in_process = router.transport == "in_process"
     checks = [
         (
@@ -40,6 +40,11 @@ def contradictions(config: MeshConfig) -> list[tuple[tuple[str, str], str]]:
             router.overflow == "next_best" and router.capacity_factor is None,
             ("router", "overflow"),
             "without a capacity nothing overflows; give `router.capacity_factor`, or leave it out",
+        ),
+        (
+            router.service_port not in (None, 0) and router.service_port == http.port,
+            ("router", "service_port"),
+            f"{http.port} is `http.port` too; give another, or 0 for any free one",
         ),
         (
             engine.max_num_batched_tokens < engine.max_num_seqs,

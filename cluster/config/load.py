@@ -36,7 +36,7 @@ def load_mesh(path: Path) -> MeshConfig:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}{_where(error)}") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply; mesh.yaml has sections with keys, no more") from None
     if repeated := _repeated_key(root, set()):
@@ -82,7 +82,17 @@ def _describe(kind: str, location: Location, message: str, given: Any) -> str:
         return f"unknown key `{key}`; {hint}"
     if kind == "missing":
         return f"`{key}` is missing; it has no default"
+    if kind == "model_type":
+        return f"`{key}` is a section: give keys below it, or leave it out (given: {_SHORT.repr(given)})"
     return f"`{key}`: {message[0].lower()}{message[1:]} (given: {_SHORT.repr(given)})"
+
+
+def _where(error: yaml.YAMLError) -> str:
+    """The line of what is no YAML, and what is wrong there."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f": not valid YAML: {' '.join(str(error).split())}"
+    words = ", ".join(filter(None, (error.context, error.problem)))
+    return f":{error.problem_mark.line + 1}: not valid YAML: {words}"
 
 
 def _repeated_key(node: yaml.Node | None, seen: set[int]) -> yaml.ScalarNode | None:

@@ -65,7 +65,7 @@ def diagnose(mesh: Path | None, address: str | None) -> list[Finding]:
         findings += _findings("model", lambda: check_model_files(known))
         findings += _findings("settings", lambda: check_settings(known, here=address is None))
         if address is None:
-            findings += _findings("ports", lambda: check_ports(known.http))
+            findings += _findings("ports", lambda: check_ports(known))
             findings += _findings("memory", lambda: check_memory(known))
     findings += _findings("ray", lambda: check_ray(config, address))
     return findings

@@ -34,6 +34,7 @@ def test_nothing_is_wrong(tiny_checkpoint: Callable[[str], Path]) -> None:
         ({"model": {"dtype": "bfloat16"}}, "model.dtype: bfloat16"),
         ({"engine": {"device": "cuda"}}, "engine.device: cuda"),
         ({"experts": {"device": "cuda"}}, "experts.device: cuda"),
+        ({"engine": {"replicas": 2}, "router": {"service_port": 9000}}, "router.service_port: only one engine"),
         ({"autoscaling": {"experts": {"foo": 1}}}, "autoscaling.experts: unknown key 'foo'"),
     ],
 )

@@ -125,6 +125,14 @@ def test_past_the_bound_the_group_is_named(make_mesh, make_router):
     assert caught.value.group == 2
 
 
+def test_a_callers_deadline_is_not_called_the_routers(make_mesh, make_router):
+    mesh = make_mesh()
+    router, transport = make_router(mesh, recovery_timeout_s=600)
+    transport.kill(mesh.replica(2))
+    with pytest.raises(TimeoutError, match=r"group 2: .*injected.*the caller's time"):
+        router.dispatch(0, *mesh.batch(50), timeout_s=0.05).result()
+
+
 def test_a_group_without_any_replica_is_waited_for(make_mesh, make_router):
     mesh = make_mesh()
     batch = mesh.batch(50)

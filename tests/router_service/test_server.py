@@ -184,6 +184,40 @@ def test_who_watches_leaves_room_for_calls(stub):
             assert time.monotonic() < deadline
 
 
+def test_streams_beyond_a_number_are_refused_and_calls_go_on(stub, channel):
+    """Idle ones each keep a thread: others must have some left."""
+    ends = [threading.Event() for _ in range(router_server._MAX_STREAMS)]
+    request = pb.StreamRequest(route=pb.RouteRequest(hidden=tensor(torch.ones(1, 8))))
+
+    def idle(end):
+        yield request
+        end.wait()
+
+    streams = [stub.Stream(idle(end)) for end in ends]
+    assert all(read(next(stream)).shape == (1, 8) for stream in streams)
+    with pytest.raises(grpc.RpcError, match="256 streams are open already") as caught:
+        next(stub.Stream(iter([request])))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert read(stub.Forward(pb.RouteRequest(hidden=tensor(torch.ones(1, 8))), timeout=20)).shape == (1, 8)
+    health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
+    assert health.status == health_pb2.HealthCheckResponse.SERVING
+    for end, stream in zip(ends, streams, strict=True):
+        end.set()
+        assert not list(stream)
+
+
+def test_who_watches_hears_that_the_engine_stops(router):
+    server = RouterServer(router)
+    server.start()
+    with grpc.insecure_channel(server.address) as channel:
+        watch = router_pb2_grpc.RouterServiceStub(channel).WatchPlacement(pb.GetPlacementRequest())
+        next(watch)
+        server.stop(60)
+        with pytest.raises(grpc.RpcError, match="this engine stops") as caught:
+            next(watch)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
 class Stuck:
     """A group whose first call waits, and which tells how the later ones came."""
 

@@ -81,6 +81,13 @@ def test_relative_source_is_found_beside_the_file(tmp_path: Path, monkeypatch: p
             5,
             ("engine.max_num_batched_tokens", "engine.max_num_seqs"),
         ),
+        (
+            "model:\n  source: x\nrouter:\n  service_port: 9000\nhttp:\n  port: 9000\n",
+            4,
+            ("router.service_port", "`http.port` too"),
+        ),
+        ("model:\n  source: x\nrouter:\n", 3, ("`router` is a section", "leave it out")),
+        ("model:\n  source: x\nrouter: {transport: grpc\n", 4, ("not valid YAML", "flow mapping")),
         ("model:\n  source: ''\n", 2, ("model.source", "at least 1 character")),
         ("model:\n  source: x\nhttp:\n  host: ''\n", 4, ("http.host", "at least 1 character")),
         ("model:\n  source: x\nexperts:\n  groups: yes\n", 4, ("experts.groups", "truth value")),
