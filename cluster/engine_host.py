@@ -143,7 +143,7 @@ class EngineHost:
                 self._service = RouterServer(self._router, host=self._address, port=config.router.service_port)
             except ConfigError as error:
                 raise ConfigError(
-                    f"router.service_port: {error} Engines of one node cannot share one; 0: any"
+                    f"router.service_port: {error} Give another, or 0 for any: engines of one node cannot share it"
                 ) from None
             self._service.start()
             log.info("RouterService listens on %s", self._service.address)

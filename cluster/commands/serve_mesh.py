@@ -16,6 +16,7 @@ import httpx
 import ray
 import typer
 from ray import serve
+from ray._private import auto_init_hook
 from ray.serve import Application
 
 from cluster.api_keys import read_api_keys
@@ -35,9 +36,6 @@ from cluster.running_app import (
     router_services,
 )
 from experts.errors import ConfigError
-
-# How long Serve may take to notice that an application was deleted while it was deployed.
-_DEPLOYING_S = 10.0
 
 
 def serve_mesh(config: MeshConfig, mesh: Path, address: str | None, prompt: str) -> None:
@@ -104,6 +102,8 @@ def _ray(address: str | None, progress: Progress) -> Iterator[None]:
     try:
         yield
     finally:
+        # A thread that is still deploying asks on, and would have Ray started again.
+        auto_init_hook.enable_auto_connect = False
         ray.shutdown()
 
 
@@ -133,8 +133,6 @@ def _application(config: MeshConfig, progress: Progress) -> Iterator[None]:
             serve.delete(APPLICATION)
         except TimeoutError:
             progress.say("Serve has not taken the application down within a minute")
-        if deploying.is_alive():  # until it sees that its application is gone; what it asks without Ray starts another
-            deploying.join(_DEPLOYING_S)
 
 
 def _run(application: Application, failed: list[Exception]) -> None:

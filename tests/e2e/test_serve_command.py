@@ -132,3 +132,23 @@ def test_from_the_command_to_the_last_process(
             os.close(descriptor)
     finally:
         stop_tree(server)
+
+
+def test_what_still_asks_after_the_end_starts_no_ray(command_environment: dict[str, str]) -> None:
+    """As the thread does that deploys, when `serve` is stopped before it is done."""
+    program = """
+import ray
+from cluster.commands.progress import Progress
+from cluster.commands.serve_mesh import _ray
+
+with _ray(None, Progress()):
+    thing = ray.put(1)
+try:
+    ray.get(thing)
+except ray.exceptions.RaySystemError as error:
+    assert "has not been started" in str(error), error
+assert not ray.is_initialized()
+"""
+    command = (sys.executable, "-c", program)
+    done = subprocess.run(command, env=command_environment, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S)
+    assert done.returncode == 0, done.stderr
