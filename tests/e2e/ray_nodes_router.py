@@ -3,7 +3,7 @@
     python tests/e2e/ray_nodes_router.py HEAD_ADDRESS HEAD_NAMESPACE
 
 Each line is JSON: tokens of a batch, whether the sums are those of `in_process` to the bit, the router's own count of
-nodes touched and of bytes, and bytes on the head's interface, all of Ray's own included.
+nodes touched and of bytes, and bytes on the head's interface, all of Ray's own included: the least of several counts.
 """
 
 import json
@@ -20,7 +20,7 @@ from router_service.transport.in_process import InProcessTransport
 from router_service.transport.ray_group import serve_calls
 from router_service.transport.ray_refs import RayRefsTransport
 
-HIDDEN_SIZE, NUM_EXPERTS, TOP_K, GROUPS_PER_NODE, BATCHES = 4096, 32, 8, 4, 4
+HIDDEN_SIZE, NUM_EXPERTS, TOP_K, GROUPS_PER_NODE, BATCHES, COUNTS = 4096, 32, 8, 4, 4, 5
 
 
 class Scaler:
@@ -79,21 +79,26 @@ def main(address, namespace):
     router.dispatch(0, *batch(16, seed=99)).result()  # finds the actors
     for num_tokens in (1, 8, 64, 256, 1024):
         batches = [batch(num_tokens, seed) for seed in range(BATCHES)]
-        before, touched, counted = host.traffic(), counters.token_nodes, counters.bytes_sent_remote
-        sums = [router.dispatch(0, *each).result() for each in batches]
-        after = host.traffic()
-        exact = [torch.equal(sums[i], local.dispatch(0, *each).result()) for i, each in enumerate(batches)]
-        received, sent = (now - then for now, then in zip(after, before, strict=True))
-        row = {
-            "tokens": num_tokens,
-            "exact": all(exact),
-            "touched": counters.token_nodes - touched,
-            "counted_sent": counters.bytes_sent_remote - counted,
-            "node_calls": 2 * BATCHES,
-            "sent": sent,
-            "received": received,
-        }
-        print(json.dumps(row), flush=True)
+        expected = [local.dispatch(0, *each).result() for each in batches]
+
+        def count(batches=batches, expected=expected):
+            before, touched, counted = host.traffic(), counters.token_nodes, counters.bytes_sent_remote
+            sums = [router.dispatch(0, *each).result() for each in batches]
+            received, sent = (now - then for now, then in zip(host.traffic(), before, strict=True))
+            return {
+                "exact": all(map(torch.equal, sums, expected)),
+                "touched": counters.token_nodes - touched,
+                "counted_sent": counters.bytes_sent_remote - counted,
+                "node_calls": 2 * BATCHES,
+                "sent": sent,
+                "received": received,
+            }
+
+        counts = [count() for _ in range(COUNTS)]
+        # What Ray's processes tell each other meanwhile only adds, the more the busier the machine.
+        least = min(counts, key=lambda row: row["sent"] + row["received"])
+        exact = all(row["exact"] for row in counts)
+        print(json.dumps(least | {"tokens": num_tokens, "exact": exact}), flush=True)
     router.close()
     assert actors, "an actor lives as long as its handle"
 
