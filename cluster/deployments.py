@@ -34,6 +34,8 @@ Document = Mapping[str, Any]
 
 # Long-lived watches and waiting requests count as ongoing: our own queue bounds them, not Serve's.
 _UNBOUNDED = 100_000
+# Where Serve names its replicas' actors.
+_NAMESPACE = "serve"
 
 
 class ControllerActor:
@@ -116,7 +118,7 @@ class GroupActor:
             identity=identity,
             owns_process=True,
         )
-        serve_calls(identity.replica, self._host.group)
+        serve_calls(self._host.group, _NAMESPACE)
         await self._host.start()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -176,7 +178,7 @@ def _transport(config: MeshConfig) -> Transport | None:
     if config.router.transport == "ray":
         from router_service.transport.ray_refs import RayRefsTransport
 
-        return RayRefsTransport(namespace="serve")
+        return RayRefsTransport(_NAMESPACE, config.router.wire_dtype)
     return None
 
 

@@ -39,9 +39,9 @@ def ray_row(bench: DispatchBench, num_tokens: int, replicas: Sequence[GroupRepli
 class _Peer:
     """A Ray actor with a group that does no arithmetic."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self) -> None:
         torch.set_num_threads(1)
-        serve_calls(name, IdleGroup())
+        serve_calls(IdleGroup(), _NAMESPACE)
 
     def ready(self) -> bool:
         return True
@@ -54,7 +54,7 @@ def ray_peers(count: int) -> Iterator[list[GroupReplica]]:
     try:
         names = [f"peer-{group}" for group in range(count)]
         actor_class = ray.remote(num_cpus=0)(_Peer)
-        actors = [actor_class.options(name=name, namespace=_NAMESPACE).remote(name) for name in names]
+        actors = [actor_class.options(name=name, namespace=_NAMESPACE).remote() for name in names]
         ray.get([actor.ready.remote() for actor in actors])
         yield [
             GroupReplica(group=group, replica=name, node="bench", address="", actor=name)

@@ -29,7 +29,7 @@ from cluster.bench.hosts import network
 from cluster.bench.node_bytes_router import Job
 from cluster.bench.processes import interruptible, log_tail, stop_tree
 from experts.errors import ConfigError, MeshError
-from router_service.transport.grpc_stream import WireDtype
+from router_service.transport.wire_dtype import WireDtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

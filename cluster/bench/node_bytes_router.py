@@ -23,7 +23,8 @@ from router_service.gating.build import build_gate
 from router_service.gating.gate import Gate
 from router_service.placement import GroupReplica, PlacementTable, balanced
 from router_service.router import Router
-from router_service.transport.grpc_stream import GrpcTransport, WireDtype
+from router_service.transport.grpc_stream import GrpcTransport
+from router_service.transport.wire_dtype import WireDtype
 
 MODES = ("per expert", "per node", "exact", "restrict")
 

@@ -27,9 +27,9 @@ def contradictions(config: MeshConfig) -> list[tuple[tuple[str, str], str]]:
             "with `router.transport: in_process` all experts are on one node; leave one of the two out",
         ),
         (
-            router.transport != "grpc" and router.wire_dtype != "model",
+            in_process and router.wire_dtype != "model",
             ("router", "wire_dtype"),
-            f"with `router.transport: {router.transport}` tensors travel as they are; leave it out, or use grpc",
+            "with `router.transport: in_process` no tensor travels; leave one of the two out",
         ),
         (
             router.node_limit_mode == "restrict" and router.max_nodes_per_token is None,

@@ -57,7 +57,7 @@ class RouterConfig(_Section):
         "grpc", description="ray: object refs; in_process: the experts live in the engine's process"
     )
     wire_dtype: Literal["model", "bf16", "fp8"] = Field(
-        "model", description="What tensors travel in over gRPC; model: nothing is lost with a float32 model"
+        "model", description="What tensors travel in; model: nothing is lost with a float32 model"
     )
     max_nodes_per_token: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Limit the nodes that a token's experts are on; null: no limit"

@@ -100,7 +100,7 @@ def segment_bytes(num_values: int, hidden_dtype: torch.dtype, reply_dtype: torch
     return -(-num_values * hidden_dtype.itemsize // _LINE) * _LINE + num_values * reply_dtype.itemsize
 
 
-def decode_call(data: bytes, shared: SharedBytes | None = None) -> WireCall:
+def decode_call(data: bytes | memoryview, shared: SharedBytes | None = None) -> WireCall:
     """Read a ForwardRequest from the network and check that its parts agree with one another.
 
     shared: finds data in shared memory, which the call then reads in place; None: none is accepted
@@ -155,7 +155,7 @@ def encode_failure(call_id: int, error: Exception) -> bytes:
     return pb.ForwardReply(call_id=call_id, failure=failure).SerializeToString()
 
 
-def decode_partial(data: bytes, shared: SharedBytes | None = None) -> WireReply:
+def decode_partial(data: bytes | memoryview, shared: SharedBytes | None = None) -> WireReply:
     """Read a ForwardReply, copying what lies in shared memory. Raises RequestError for bytes that are none."""
     numbers, values = np.empty(3, np.int64), np.empty(len(data) // 4, np.float32)
     if compiled_reader()(np.frombuffer(data, np.uint8), values, numbers):

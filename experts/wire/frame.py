@@ -78,14 +78,16 @@ def encode_frame(
     return b"".join((head.SerializeToString(), _TAG_15, _varint(size), meta_bytes, data_head, data))
 
 
-def open_frame(kind: type[AnyMessage], data: bytes, field: str) -> tuple[AnyMessage, pb.Tensor | memoryview]:
+def open_frame(
+    kind: type[AnyMessage], data: bytes | memoryview, field: str
+) -> tuple[AnyMessage, pb.Tensor | memoryview]:
     """A message of `kind`, and its tensor in field 15, called `field`, for `decode_tensor`.
 
     Raises RequestError for bytes that are no such message.
     """
     try:
         if len(data) <= _PLAIN_BYTES:
-            head = kind.FromString(data)
+            head = kind.FromString(bytes(data))
             return head, getattr(head, field)
         head_bytes, body = split_frame(data)
         return kind.FromString(head_bytes), body

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
@@ -14,15 +13,7 @@ from experts.wire.lane import Lane
 from experts.wire.own_address import is_own
 from router_service.placement import GroupReplica
 from router_service.transport.base import ReplyAbandoned, TransportError, relay_of
-
-WireDtype = Literal["model", "bf16", "fp8"]
-
-# (hidden states, partial sums); None: as they are.
-_DTYPES: dict[WireDtype, tuple[torch.dtype | None, torch.dtype | None]] = {
-    "model": (None, None),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp8": (torch.float8_e4m3fn, torch.bfloat16),
-}
+from router_service.transport.wire_dtype import WireDtype, wire_dtypes
 
 
 class _Reply:
@@ -46,17 +37,12 @@ class GrpcTransport:
 
     Large tensors stay in shared memory where the replica is on this machine (`experts.wire.shared_memory`).
 
-    wire_dtype: what tensors travel in.
-      model  both ways as the model computes: nothing is lost with a float32 model; a 16-bit model's partial sums are
-             rounded to it once per group, or once per node where a node's groups share a message
-      bf16   both ways: relative error up to 2^-8 on every value sent, 0.17 % in root mean square
-      fp8    hidden states as float8 e4m3 with one float32 scale per token and 128 columns (2.6 % in root mean square;
-             values far below their block's largest become zero, see `encode_frame`), partial sums as bf16
+    wire_dtype: what tensors travel in, see `WireDtype`
     shared_bytes: from how many bytes on, see ExpertClient
     """
 
     def __init__(self, wire_dtype: WireDtype = "model", *, shared_bytes: float = SHARED_BYTES) -> None:
-        hidden_dtype, reply_dtype = _DTYPES[wire_dtype]
+        hidden_dtype, reply_dtype = wire_dtypes(wire_dtype)
         self._is_plain = wire_dtype == "model"
         self._shared_bytes = shared_bytes
         self._client = ExpertClient(hidden_dtype=hidden_dtype, reply_dtype=reply_dtype, shared_bytes=shared_bytes)

@@ -25,25 +25,25 @@ class RayActors:
         self._actors: dict[str, Any] = {}
         self._closed = False
 
-    def run(self, replica: str, actor: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Start `function(actor's instance, *arguments)` in the actor named `actor`, where `replica` lives.
+    def run(self, actor: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Start `function(actor's instance, *arguments)` in the actor named `actor`.
 
         The future raises Ray's errors. Raises TransportError where there is no such actor, or after `close`.
         """
         # A `ray.get` that gives up drops the transfer that it began, and the next one has all of it sent anew; whoever
         # waits for a future may look up as often as they like.
-        call = self._actor(replica, actor).__ray_call__.options(concurrency_group=_CONCURRENCY_GROUP)
+        call = self._actor(actor).__ray_call__.options(concurrency_group=_CONCURRENCY_GROUP)
         future: Future[Any] = call.remote(function, *arguments).future()
         return future
 
-    def knows(self, replica: str) -> bool:
-        """Whether `replica` was called and not forgotten since."""
-        return replica in self._actors
+    def knows(self, actor: str) -> bool:
+        """Whether `actor` was called and not forgotten since."""
+        return actor in self._actors
 
-    def forget(self, replica: str) -> None:
-        """Let go of the replica's actor."""
+    def forget(self, actor: str) -> None:
+        """Let go of an actor."""
         with self._lock:
-            self._actors.pop(replica, None)
+            self._actors.pop(actor, None)
 
     def close(self) -> None:
         """Let go of every actor; `run` fails from now on."""
@@ -51,8 +51,8 @@ class RayActors:
             self._closed = True
             self._actors.clear()
 
-    def _actor(self, replica: str, actor: str) -> Any:
-        known = self._actors.get(replica)
+    def _actor(self, actor: str) -> Any:
+        known = self._actors.get(actor)
         if known is not None:
             return known
         if self._closed:
@@ -60,6 +60,6 @@ class RayActors:
         try:
             found = ray.get_actor(actor, namespace=self._namespace)
         except ValueError as error:
-            raise TransportError(f"{replica}: no actor {actor!r} is alive in Ray") from error
+            raise TransportError(f"no actor {actor!r} is alive in Ray") from error
         with self._lock:
-            return self._actors.setdefault(replica, found)
+            return self._actors.setdefault(actor, found)

@@ -35,8 +35,8 @@ class Scaler:
 class Peer:
     """An async actor, as Serve's replicas are."""
 
-    def __init__(self, replica):
-        serve_calls(replica, Scaler())
+    def __init__(self):
+        serve_calls(Scaler(), "mesh")
 
     async def pid(self):
         return os.getpid()
@@ -48,7 +48,7 @@ def start_groups():
     for group in range(2 * GROUPS_PER_NODE):
         name, node = f"g{group}", f"n{group // GROUPS_PER_NODE}"
         options = {"name": name, "num_cpus": 0, "label_selector": {"place": node}}
-        actors.append(ray.remote(Peer).options(**options).remote(name))
+        actors.append(ray.remote(Peer).options(**options).remote())
         replicas.append(GroupReplica(group=group, replica=name, node=node, address="", actor=name))
     ray.get([actor.pid.remote() for actor in actors])
     return actors, tuple(replicas)

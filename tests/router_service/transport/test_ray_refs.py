@@ -41,7 +41,7 @@ def start_group(name, *, asynchronous, group=0, layers=(0,), gated=False):
     class Plain:
         def __init__(self):
             self.group = Group()
-            serve_calls(name, self.group)
+            serve_calls(self.group, "mesh")
 
         def open(self):
             self.group.gate.set()
@@ -104,6 +104,25 @@ def test_calls_reach_actors_of_both_kinds_and_failures_are_told_apart(make_call)
         )
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_tensors_travel_in_the_wire_dtype(make_call):
+    started = [start_group(f"wire-{group}", group=group, asynchronous=True) for group in range(2)]
+    actors, replicas = zip(*started, strict=True)
+    for num_tokens in (2, 512):
+        hidden_TH = torch.randn(num_tokens, 128)
+        for wire_dtype, tolerance in (("model", 0), ("bf16", 2**-7), ("fp8", 2**-3)):
+            transport = RayRefsTransport("mesh", wire_dtype)
+            partial_TH = transport.send(replicas[0], make_call(hidden_TH)).result(20)
+            sum_TH = transport.send_node(replicas, node_call(hidden_TH, (None, None))).result(20)
+            # The node's groups read the same bytes, and their sum is rounded once.
+            assert torch.equal(sum_TH, 2 * partial_TH)
+            assert torch.equal(partial_TH, partial_TH.bfloat16().float()) == (wire_dtype != "model")
+            error_TH = (partial_TH / 2 - hidden_TH).abs()
+            assert (error_TH <= tolerance * hidden_TH.abs() + tolerance * 2**-9 * hidden_TH.abs().max()).all()
+            assert (error_TH.max() > 0) == (wire_dtype != "model")
+    assert all(ray.get(actor.ping.remote()) for actor in actors)
+
+
 def node_call(hidden_TH, tokens, layer=0, relay=0):
     """A share for each of `tokens` (rows of hidden_TH, None: all); what it says of experts no group here reads."""
     shares = tuple(
@@ -142,7 +161,7 @@ def test_a_node_of_actors_answers_with_one_sum():
         with pytest.raises(ExpertNotResident, match=f"layer {layer} is not here"):
             transport.send_node(replicas, node_call(hidden_TH, (None, None), layer)).result(20)
     ray.kill(actors[1])
-    with pytest.raises(TransportError, match=r"node-1 in actor actor-node-1 on this node|node-1: no actor"):
+    with pytest.raises(TransportError, match=r"actor actor-node-1 on this node|no actor 'actor-node-1'"):
         call_until_it_fails(partial(transport.send_node, replicas, node_call(hidden_TH, (None, None))))
 
 
