@@ -20,6 +20,7 @@ import ray
 from cluster.loopback import keep_loopback
 from cluster.serving.api_errors import ApiError
 from experts.errors import MeshError
+from router_service.transport.ray_group import LONG_BYTES
 
 _FIRST_PORT = 10_000
 _PORTS_TRIED = 100
@@ -59,6 +60,8 @@ def start_local_ray() -> None:
     # Serve's part of a replica and ours on one event loop: a streamed token need not go from thread to thread. None of
     # ours blocks it.
     os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
+    # Calls over `transport: ray` of up to 1 MiB travel inside their task: an object of its own takes longer.
+    os.environ.setdefault("RAY_max_direct_call_object_size", str(LONG_BYTES))
     try:
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray has no class of its own for this

@@ -29,8 +29,10 @@ from router_service.transport.ray_actors import RayActors
 Message = bytes | npt.NDArray[np.uint8]
 """A ForwardRequest or ForwardReply; a long one as an array, whose memory Ray shares between a node's processes."""
 
-# Shorter messages travel inside the task, as Ray itself does it.
-_OBJECT_BYTES = 100 * 1024
+LONG_BYTES = 1024 * 1024
+"""From here on a message is an object of its own; Ray's own threshold should be the same (max_direct_call_object_size,
+100 KiB unless told)."""
+
 # A sibling that hangs must not keep our thread: an async actor with a few calls in its queue answers nothing else, and
 # Serve would take it for dead after 30 s.
 _SIBLING_TIMEOUT_S = 20.0
@@ -58,7 +60,7 @@ def serve_calls(group: Forwards, namespace: str) -> None:
 
 def to_message(data: bytes) -> Message:
     """`data` as it goes into a task, or comes out of one."""
-    return data if len(data) < _OBJECT_BYTES else np.frombuffer(data, np.uint8)
+    return data if len(data) < LONG_BYTES else np.frombuffer(data, np.uint8)
 
 
 def from_message(message: Message) -> bytes | memoryview:
@@ -98,7 +100,7 @@ def _run(served: _Served, call: ExpertCall | NodeCall, request: Message) -> torc
     if isinstance(call, ExpertCall):
         return served.group.forward(call)
     # The others read the request from the node's object store, and leave their partials there.
-    is_object = len(call.shares) > 1 and len(request) >= _OBJECT_BYTES
+    is_object = len(call.shares) > 1 and len(request) >= LONG_BYTES
     given = ray.put(request) if is_object else request
     replies = [
         served.siblings.run(share.address, forward_share, given, number) if share.address else None

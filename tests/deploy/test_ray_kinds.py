@@ -8,6 +8,8 @@ import jsonschema
 import pytest
 import yaml
 
+from router_service.transport.ray_group import LONG_BYTES
+
 CRDS = Path(__file__).parents[3] / "shared" / "kuberay-crds"
 OURS = yaml.safe_load((Path(__file__).parent / "rayservice.schema.yaml").read_text())
 
@@ -123,10 +125,11 @@ def test_replicas_have_one_owner(ray_service, pod_templates):
 def test_every_ray_node_runs_serve_alike(pod_templates):
     for name, template in pod_templates.items():
         (container,) = template["spec"]["containers"]
-        of_serve = {entry["name"]: entry["value"] for entry in container["env"] if "RAY_SERVE_" in entry["name"]}
+        of_serve = {entry["name"]: entry["value"] for entry in container["env"] if entry["name"].startswith("RAY_")}
         assert of_serve == {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+            "RAY_max_direct_call_object_size": str(LONG_BYTES),
         }, name
         writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
         assert "/tmp" in writable, "HAProxy's configuration and sockets lie there"

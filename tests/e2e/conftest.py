@@ -49,10 +49,14 @@ def three_hosts() -> Iterator[list[Host]]:
 @pytest.fixture(scope="session")
 def command_environment() -> dict[str, str]:
     """Environment for child processes: this interpreter's scripts first, this tree importable, no cluster to join."""
+    from router_service.transport.ray_group import LONG_BYTES
+
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_NAMESPACE")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["PYTHONPATH"] = str(ROOT)
     environment["RAY_AUTH_MODE"] = "token"
+    # As in the manifests.
+    environment["RAY_max_direct_call_object_size"] = str(LONG_BYTES)
     return environment
 
 

@@ -77,7 +77,7 @@ def main(address, namespace):
     router = router_over(RayRefsTransport("mesh"), table, "engine")
     host, counters = Host(namespace, address), router.counters
     router.dispatch(0, *batch(16, seed=99)).result()  # finds the actors
-    for num_tokens in (1, 8, 64, 256, 1024):
+    for num_tokens in (1, 2, 8, 64, 256, 1024):
         batches = [batch(num_tokens, seed) for seed in range(BATCHES)]
         expected = [local.dispatch(0, *each).result() for each in batches]
 

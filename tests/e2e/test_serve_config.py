@@ -67,7 +67,7 @@ def test_serve_deploy_serves_the_demo_model(
 ) -> None:
     serve_config = ray_service["serveConfigV2"]
     (head,) = ray_service["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
-    of_serve = {v["name"]: v["value"] for v in head["env"] if v["name"].startswith("RAY_SERVE_")}
+    of_ray = {v["name"]: v["value"] for v in head["env"] if v["name"].startswith("RAY_")}
     port = yaml.safe_load(serve_config)["http_options"]["port"]
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -79,7 +79,7 @@ def test_serve_deploy_serves_the_demo_model(
     token.write_text(secrets.token_hex(32))
     # Nothing here is worth a graceful drain of the node.
     no_drain = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
-    environment = {**command_environment, **no_drain, **of_serve, **own_haproxy(str(short_directory))}
+    environment = {**command_environment, **no_drain, **of_ray, **own_haproxy(str(short_directory))}
     environment["RAY_AUTH_TOKEN_PATH"] = str(token)
     file, log, dashboard = tmp_path / "serve.yaml", tmp_path / "ray.log", free_port()
     file.write_text(serve_config)
