@@ -6,7 +6,7 @@ Callers on the same machine have their streams over a Unix socket (`experts.wire
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
@@ -20,7 +20,14 @@ from experts.group import ExpertGroup
 from experts.node_call import NodeCall
 from experts.node_relay import NodeRelay
 from experts.spec import ExpertCall
-from experts.wire.codec import MAX_MESSAGE_BYTES, BadCall, decode_call, encode_failure, encode_partial
+from experts.wire.codec import (
+    MAX_MESSAGE_BYTES,
+    BadCall,
+    CallCancelled,
+    decode_call,
+    encode_failure,
+    encode_partial,
+)
 from experts.wire.local_stream import LocalServer
 from experts.wire.shared_memory import MappedSegments
 from experts.wire.v1 import expert_pb2 as pb
@@ -28,6 +35,8 @@ from experts.wire.v1 import expert_pb2 as pb
 SERVICE = pb.DESCRIPTOR.services_by_name["ExpertService"].full_name
 
 _MAX_STREAMS = 512
+# Most of the calls that are cancelled have begun, and nobody asks for them: the oldest are forgotten.
+_MAX_CANCELLED = 4096
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -49,12 +58,16 @@ class ExpertServer:
     def __init__(self, group: ExpertGroup, host: str = "127.0.0.1", port: int = 0) -> None:
         self._group = group
         self._relay = NodeRelay(group)
+        self._cancelled = _CancelledCalls()
         self._idle = threading.Condition()
         self._calls = 0
         self._server = grpc.server(ThreadPoolExecutor(_MAX_STREAMS, "expert-stream"), options=_OPTIONS)
         handlers = {
             "Forward": grpc.unary_unary_rpc_method_handler(self._forward),
             "Stream": grpc.stream_stream_rpc_method_handler(self._stream),
+            "Cancel": grpc.unary_unary_rpc_method_handler(
+                self._cancel, pb.CancelRequest.FromString, pb.CancelReply.SerializeToString
+            ),
             "Describe": grpc.unary_unary_rpc_method_handler(
                 self._describe, pb.DescribeRequest.FromString, pb.DescribeReply.SerializeToString
             ),
@@ -105,6 +118,8 @@ class ExpertServer:
         try:
             wire = decode_call(request, segments)
             call_id = wire.call_id
+            if self._cancelled.take(call_id):
+                raise CallCancelled("the caller went away before its call began")
             return encode_partial(call_id, self._run(wire.call), wire.reply_dtype, wire.reply_place)
         except Exception as error:
             # Whatever went wrong, the stream and its other calls live on.
@@ -123,6 +138,10 @@ class ExpertServer:
                     code = grpc.StatusCode.NOT_FOUND
                 context.abort(code, str(error))
                 raise AssertionError("abort raises") from None
+
+    def _cancel(self, request: pb.CancelRequest, context: grpc.ServicerContext) -> pb.CancelReply:
+        self._cancelled.add(request.call_ids)
+        return pb.CancelReply()
 
     def _run(self, call: ExpertCall | NodeCall) -> torch.Tensor:
         return self._relay.forward(call) if isinstance(call, NodeCall) else self._group.forward(call)
@@ -151,3 +170,24 @@ class ExpertServer:
                 self._calls -= 1
                 if not self._calls:
                     self._idle.notify_all()
+
+
+class _CancelledCalls:
+    """Calls of streams that were cancelled and have not been met yet. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._call_ids: dict[int, None] = {}
+
+    def add(self, call_ids: Iterable[int]) -> None:
+        with self._lock:
+            self._call_ids.update(dict.fromkeys(call_ids))
+            for _ in range(len(self._call_ids) - _MAX_CANCELLED):
+                del self._call_ids[next(iter(self._call_ids))]
+
+    def take(self, call_id: int) -> bool:
+        """Whether the call was cancelled; it is forgotten then."""
+        if not self._call_ids:
+            return False
+        with self._lock:
+            return self._call_ids.pop(call_id, False) is None

@@ -51,9 +51,9 @@ _WATCH_S = 1.0
 class RouterServer:
     """Serves one router on `host:port` (0: a free port), with standard health checking and reflection.
 
-    The deadline and the cancellation of an RPC reach the experts. A stream without a deadline is the quick way: its
-    calls go to the groups as an engine's do, and the one that is out when it is cancelled is finished for nobody. The
-    calls of a stream are answered in the order they came; open several streams to have several calls out at once.
+    The deadline and the cancellation of an RPC reach the experts: what they have not begun they do not compute. A
+    stream without a deadline is the quick way: its calls go to the groups as an engine's do, with no RPC of their own.
+    The calls of a stream are answered in the order they came; open several streams to have several calls out at once.
     Health is NOT_SERVING until the router has a placement table.
 
     address: host:port that it listens on
@@ -119,9 +119,7 @@ class RouterServer:
             call.layer, call.hidden_TH, call.expert_ids_TK, call.weights_TK, timeout_s=timeout_s
         )
 
-    def _combined(self, call: RouterCall, rpc: _Rpc | None) -> bytes:
-        if rpc is None:
-            return encode_combined(call.call_id, self._begin(call, None).result())
+    def _combined(self, call: RouterCall, rpc: _Rpc) -> bytes:
         return encode_combined(call.call_id, rpc.result(self._begin(call, rpc.left_s)))
 
     def _unary(self, decode: Callable[[bytes], RouterCall]) -> Callable[[bytes, grpc.ServicerContext], bytes]:
@@ -136,7 +134,7 @@ class RouterServer:
 
     def _stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         _keep_thread(self._streams, context, f"{_MAX_STREAMS} streams are open already; close one that is idle")
-        rpc = _Rpc(context) if _has_deadline(context) else None
+        rpc = _Rpc(context, is_stream=True)
         for request in requests:
             try:
                 yield self._combined(decode_stream(request), rpc)
@@ -167,16 +165,19 @@ class RouterServer:
 class _Rpc:
     """An RPC, and the call that it has out, which is cancelled when the RPC ends."""
 
-    def __init__(self, context: grpc.ServicerContext) -> None:
+    def __init__(self, context: grpc.ServicerContext, *, is_stream: bool = False) -> None:
         self._context = context
+        self._is_stream = is_stream
         self._pending: Pending | SmallBatch | None = None
         self._ended = not context.add_callback(self._end)
 
     @property
-    def left_s(self) -> float:
-        """Its time remaining; it makes every call to a group an RPC of its own, which gRPC can cancel."""
-        left_s = self._context.time_remaining()
-        return _LONGEST_S if left_s is None else min(left_s, _LONGEST_S)
+    def left_s(self) -> float | None:
+        """Its time remaining, which makes every call to a group an RPC of its own; None for the quick way."""
+        left_s: float | None = self._context.time_remaining()
+        if left_s is not None and left_s < _LONGEST_S:
+            return left_s
+        return None if self._is_stream else _LONGEST_S
 
     def result(self, pending: Pending | SmallBatch) -> torch.Tensor:
         """What `pending` gives. Raises TimeoutError where the RPC ended first."""
@@ -201,11 +202,6 @@ def _keep_thread(places: threading.Semaphore, context: grpc.ServicerContext, ref
         context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal)
     if not context.add_callback(places.release):  # it has ended already
         places.release()
-
-
-def _has_deadline(context: grpc.ServicerContext) -> bool:
-    left_s = context.time_remaining()
-    return left_s is not None and left_s < _LONGEST_S
 
 
 def _code(error: Exception) -> grpc.StatusCode:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from queue import Empty, SimpleQueue
 
@@ -35,6 +36,7 @@ _PATIENCE_S = 1.0
 _RETRY_S = 1.0
 # Batches that may be out at a time: each takes a thread of every group.
 _MOST_OUT = 8
+_CANCELLED = "cancelled by its caller"
 
 
 class SmallBatches:
@@ -218,7 +220,9 @@ class SmallBatch:
     ) -> None:
         """dispatched: when it began, on the monotonic clock;  out_TH: what is there of its sum, see `desk.progress`"""
         self._batches = batches
-        self._desk: Desk | None = desk
+        # Whoever takes it, `result` or `cancel`, in whichever threads, is the only one.
+        self._desk = [desk]
+        self._is_cancelled = False
         self._layer = layer
         self._hidden_TH = hidden_TH
         self._dispatched = dispatched
@@ -229,11 +233,13 @@ class SmallBatch:
         # Loads LLVM, which a GPU's process does not need.
         from experts.wire._numba.add_answers import LATE, SUMMED
 
-        desk, self._desk = self._desk, None
-        assert desk is not None, "a result is taken once"
+        try:
+            desk = self._desk.pop()
+        except IndexError:
+            raise TimeoutError(_CANCELLED) from None
         batches, (num_tokens, hidden_size) = self._batches, self._hidden_TH.shape
         out_TH, ended = self._out_TH, LATE
-        while ended == LATE and batches.board.view is desk.view:
+        while ended == LATE and batches.board.view is desk.view and not self._is_cancelled:
             if time.monotonic() - self._dispatched > batches.reply_timeout_s:
                 # It has been waited for: who asks again need not wait for its answer another time.
                 batches.lost(desk.view, int(desk.progress[0]))
@@ -251,13 +257,15 @@ class SmallBatch:
         batches.leave(desk, usable=whole)
         if whole:
             return torch.from_numpy(out_TH)
+        if self._is_cancelled:
+            raise TimeoutError(_CANCELLED)
         return batches.again(self._layer, self._hidden_TH, *desk.choice(num_tokens)).result()
 
     def cancel(self) -> None:
-        """Nobody wants the result any more."""
-        desk, self._desk = self._desk, None
-        if desk is not None:
-            self._batches.leave(desk, usable=False)
+        """Nobody wants the result any more; from any thread."""
+        self._is_cancelled = True
+        with suppress(IndexError):  # it was taken, by who waits in `result` perhaps
+            self._batches.leave(self._desk.pop(), usable=False)
 
     __del__ = cancel
 

@@ -10,8 +10,10 @@ shared memory where the peer has an address of this machine; the first such call
 from __future__ import annotations
 
 import itertools
+import secrets
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import grpc
@@ -49,6 +51,7 @@ _OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
+_CANCEL_TIMEOUT_S = 10.0
 # From here on (both ways together), copying through shared memory costs less than through two sockets: printed by
 # `expertmesh bench dispatch`.
 SHARED_BYTES = 128 * 1024
@@ -82,6 +85,7 @@ class _Connection:
         self._where = f"{name} at {address}" if name != address else address
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._forward = self._channel.unary_unary(f"/{_SERVICE}/Forward")
+        self._cancel = self._channel.unary_unary(f"/{_SERVICE}/Cancel", pb.CancelRequest.SerializeToString)
         self._wanted: set[int] = set()
         self._arrived: dict[int, WireReply] = {}
         self._segments = SegmentPool()
@@ -133,18 +137,29 @@ class _Connection:
         return _UnaryReply(self._where, self._forward.future(message, timeout=timeout_s))
 
     def wait(self, call_id: int, timeout_s: float | None) -> WireReply:
-        """The reply to `call_id`. Raises CallFailed once the stream is dead or the time is over."""
+        """The reply to `call_id`. Raises CallFailed once the stream is dead or the time is over, CallAbandoned."""
         try:
-            self._stream.read_until(lambda: call_id in self._arrived, timeout_s)
+            self._stream.read_until(lambda: call_id in self._arrived or call_id not in self._wanted, timeout_s)
         except StreamClosed as error:
             raise CallFailed(f"{self._where}: {error}") from error
         self._wanted.discard(call_id)
-        return self._arrived.pop(call_id)
+        reply = self._arrived.pop(call_id, None)
+        if reply is None:
+            raise CallAbandoned(f"{self._where}: cancelled by its caller")
+        return reply
 
     def abandon(self, call_id: int) -> None:
         """Nobody waits for this reply any more."""
         self._wanted.discard(call_id)
         self._arrived.pop(call_id, None)
+
+    def cancel(self, call_id: int) -> None:
+        """Abandon it, and tell the peer, which may not have begun."""
+        if call_id in self._wanted and call_id not in self._arrived:
+            with suppress(ValueError):  # the channel is closed, and the stream with it
+                told = self._cancel.future(pb.CancelRequest(call_ids=[call_id]), timeout=_CANCEL_TIMEOUT_S)
+                told.add_done_callback(_ignore)  # which keeps it: grpcio cancels what nobody holds
+        self.abandon(call_id)
 
     def close(self, reason: str) -> None:
         """Fail every reply that is owed; the first reason is the one that callers see."""
@@ -176,10 +191,11 @@ class _StreamReply:
         return _partial(reply)
 
     def cancel(self) -> None:
-        self._connection.abandon(self._call_id)
+        self._connection.cancel(self._call_id)
 
     def __del__(self) -> None:
-        self.cancel()
+        # At whatever place that comes: nothing here may wait for a lock.
+        self._connection.abandon(self._call_id)
 
 
 class _UnaryReply:
@@ -203,6 +219,10 @@ class _UnaryReply:
 
     def cancel(self) -> None:
         self._future.cancel()
+
+
+def _ignore(_: grpc.Future) -> None:
+    """A peer that cannot be told computes what it was asked."""
 
 
 def _partial(reply: WireReply) -> torch.Tensor:
@@ -235,7 +255,8 @@ class ExpertClient:
         self._shared_bytes = shared_bytes
         self._lock = threading.Lock()
         self._connections: dict[str, _Connection] = {}
-        self._call_ids = itertools.count(1)
+        # At random: a peer knows the calls of all its callers by them.
+        self._call_ids = itertools.count(secrets.randbits(62))
         self._closed = False
 
     def send(self, name: str, address: str, call: ExpertCall | NodeCall, timeout_s: float | None = None) -> Reply:

@@ -29,7 +29,7 @@ MAX_EXPERTS = 65536
 """Most experts that a call may name."""
 
 # gRPC's status codes, as Failure.code carries them.
-INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, INTERNAL = 3, 5, 9, 13
+CANCELLED, INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, INTERNAL = 1, 3, 5, 9, 13
 # What surrounds the numbers of a message without shared memory is shorter.
 _FRAME_BYTES = 128
 _ALL = np.empty(0, np.int32)
@@ -63,6 +63,10 @@ class BadCall(RequestError):
     def __init__(self, message: str, field: str | None, call_id: int) -> None:
         super().__init__(message, field)
         self.call_id = call_id
+
+
+class CallCancelled(MeshError):
+    """Whoever called does not want the answer any more."""
 
 
 def encode_call(
@@ -143,7 +147,9 @@ def encode_partial(
 
 def encode_failure(call_id: int, error: Exception) -> bytes:
     """A serialised ForwardReply that says why the call failed, for the stream to live on."""
-    if isinstance(error, ExpertNotResident):
+    if isinstance(error, CallCancelled):
+        code = CANCELLED
+    elif isinstance(error, ExpertNotResident):
         code = NOT_FOUND
     elif isinstance(error.__cause__, SegmentUnreachable):
         code = FAILED_PRECONDITION

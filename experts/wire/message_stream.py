@@ -61,7 +61,7 @@ class MessageStream(ABC):
         return self._error is None
 
     def read_until(self, done: Callable[[], bool], timeout_s: float | None = None) -> None:
-        """Return once `done()`, which only received messages change; one of the threads that wait reads for all.
+        """Return once `done()`, which is asked at every message received; one of the threads that wait reads for all.
 
         Raises StreamClosed once the stream is dead, which it is too where this took longer than `timeout_s`.
         """

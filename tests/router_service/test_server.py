@@ -1,6 +1,7 @@
 import dataclasses
 import threading
 import time
+from contextlib import suppress
 from queue import SimpleQueue
 
 import grpc
@@ -24,6 +25,14 @@ from router_service.wire.v1 import router_pb2_grpc
 
 def tensor(hidden_TH):
     return expert_pb2.Tensor(dtype=expert_pb2.DTYPE_FLOAT32, shape=hidden_TH.shape, data=hidden_TH.numpy().tobytes())
+
+
+def wait_until(condition):
+    """What the far end of a socket brings about comes a little later."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def read(reply):
@@ -175,13 +184,12 @@ def test_who_watches_leaves_room_for_calls(stub):
     assert read(stub.Forward(pb.RouteRequest(hidden=tensor(torch.ones(1, 8))))).shape == (1, 8)
     for watch in watches:
         watch.cancel()
-    deadline = time.monotonic() + 20
-    while True:  # the server hears of it a little later
-        try:
-            begin().cancel()
-            break
-        except grpc.RpcError:
-            assert time.monotonic() < deadline
+
+    def is_room():
+        with suppress(grpc.RpcError):
+            return begin().cancel()
+
+    wait_until(is_room)
 
 
 def test_streams_beyond_a_number_are_refused_and_calls_go_on(stub, channel):
@@ -219,10 +227,11 @@ def test_who_watches_hears_that_the_engine_stops(router):
 
 
 class Stuck:
-    """A group whose first call waits, and which tells how the later ones came."""
+    """A group whose calls wait for `go`. heard: of a call that was cancelled"""
 
     def __init__(self, group):
-        self.group, self.entered, self.go = group, threading.Event(), threading.Event()
+        self.group, self.computed = group, 0
+        self.entered, self.go, self.heard = threading.Event(), threading.Event(), threading.Event()
 
     def answer(self, request):
         return None
@@ -230,6 +239,7 @@ class Stuck:
     def forward(self, call):
         self.entered.set()
         assert self.go.wait(20)
+        self.computed += 1
         return self.group.forward(call)
 
 
@@ -246,6 +256,11 @@ def stuck_mesh(make_mesh, gate):
             ends.append(ended)
             context.add_callback(ended.set)
             return super()._forward(request, context)
+
+        def _cancel(self, request, context):
+            reply = super()._cancel(request, context)
+            stuck.heard.set()
+            return reply
 
     expert = Watching(stuck)
     expert.start()
@@ -306,6 +321,34 @@ def test_a_streams_deadline_and_cancellation_reach_the_experts(stuck_mesh):
     (reply,) = stub.Stream(iter([request]), timeout=10)
     assert read(reply).shape == (1, 8)
     assert router.counters.failovers == 0
+
+
+def test_cancelling_a_stream_without_a_deadline_reaches_the_experts_too(stuck_mesh):
+    """Its calls share the groups' streams: a call that waits there behind another one is not computed."""
+    stuck, ends, router, stub = stuck_mesh
+    request = pb.StreamRequest(route=pb.RouteRequest(hidden=tensor(torch.ones(500, 8))))
+
+    def begin():
+        calls, rows = SimpleQueue(), router.replicas.rows_in_flight
+        stream = stub.Stream(iter(calls.get, None))
+        calls.put(request)
+        wait_until(lambda: router.replicas.rows_in_flight == rows + 2 * 500)
+        return stream, calls
+
+    (first, more), (waiting, no_more) = begin(), begin()
+    assert stuck.entered.wait(10)
+    waiting.cancel()
+    assert stuck.heard.wait(10), "the group was not told"
+    assert stuck.computed == 0
+    stuck.go.set()
+    assert read(next(first)).shape == (500, 8)
+    more.put(None)
+    no_more.put(None)
+    (reply,) = stub.Stream(iter([request]))
+    assert read(reply).shape == (500, 8)
+    assert stuck.computed == 2
+    assert not ends, "an RPC of its own"
+    assert (router.counters.failovers, router.replicas.rows_in_flight) == (0, 0)
 
 
 def test_an_unavailable_group_is_unavailable(make_mesh, gate):

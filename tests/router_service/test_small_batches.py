@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -197,6 +198,27 @@ def test_a_lane_lasts_until_something_is_out_of_the_ordinary(small_batches):
     small.board.publish(dataclasses.replace(table, version=2))
     view = small.board.view
     assert answered(3, 1)
+
+
+def test_who_waits_for_a_batch_that_is_cancelled_stops(monkeypatch, small_batches):
+    monkeypatch.setattr("router_service.small_batches._PATIENCE_S", 0.01)
+    gate, hidden_TH = gate_of(SPECS["mixtral"]), torch.randn(2, HIDDEN)
+    small, listeners = small_batches({3: gate})
+    small.board.publish(table_of(8, 1))
+    cancelled = small.send(small.board.view, 3, hidden_TH)
+    cancelled.cancel()
+    with pytest.raises(TimeoutError, match="cancelled"):
+        cancelled.result()
+    batch = small.send(small.board.view, 3, hidden_TH)
+    with ThreadPoolExecutor(1) as executor:
+        waiting = executor.submit(batch.result)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.05)
+        batch.cancel()
+        with pytest.raises(TimeoutError, match="cancelled"):
+            waiting.result(20)
+    assert listeners.ends[-1].recv(1 << 20), "the group was asked"
+    assert listeners.ends[-1].recv(1) == b"", "and its lane is closed"
 
 
 def test_a_lane_is_for_batches_of_its_own_table(small_batches):

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xperts/wire/v1/expert.proto\x12\x15\x65xpertmesh.experts.v1\"/\n\x0cSharedMemory\x12\x0f\n\x07segment\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x97\x01\n\x06Tensor\x12+\n\x05\x64type\x18\x01 \x01(\x0e\x32\x1c.expertmesh.experts.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0e\n\x06scales\x18\x03 \x01(\x0c\x12\x33\n\x06shared\x18\x04 \x01(\x0b\x32#.expertmesh.experts.v1.SharedMemory\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"\x85\x01\n\tNodeShare\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\x0c\x12\x12\n\nexpert_ids\x18\x04 \x01(\x0c\x12\x0f\n\x07offsets\x18\x05 \x01(\x0c\x12\x12\n\ntoken_rows\x18\x06 \x01(\x0c\x12\x0f\n\x07weights\x18\x07 \x01(\x0c\"\xc8\x02\n\x0e\x46orwardRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x12\n\nexpert_ids\x18\x03 \x01(\x0c\x12\x0f\n\x07offsets\x18\x04 \x01(\x0c\x12\x12\n\ntoken_rows\x18\x05 \x01(\x0c\x12\x0f\n\x07weights\x18\x06 \x01(\x0c\x12\x31\n\x0breply_dtype\x18\x07 \x01(\x0e\x32\x1c.expertmesh.experts.v1.DType\x12\x30\n\x06shares\x18\x08 \x03(\x0b\x32 .expertmesh.experts.v1.NodeShare\x12\x38\n\x0breply_place\x18\t \x01(\x0b\x32#.expertmesh.experts.v1.SharedMemory\x12-\n\x06hidden\x18\x0f \x01(\x0b\x32\x1d.expertmesh.experts.v1.Tensor\"(\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x80\x01\n\x0c\x46orwardReply\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12/\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x1e.expertmesh.experts.v1.Failure\x12.\n\x07partial\x18\x0f \x01(\x0b\x32\x1d.expertmesh.experts.v1.Tensor\"\x11\n\x0f\x44\x65scribeRequest\"\xd1\x01\n\rDescribeReply\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x13\n\x0bhidden_size\x18\x03 \x01(\r\x12\x19\n\x11intermediate_size\x18\x04 \x01(\r\x12\x38\n\x05slots\x18\x05 \x03(\x0b\x32).expertmesh.experts.v1.DescribeReply.Slot\x1a\x37\n\x04Slot\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x07*o\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x15\n\x11\x44TYPE_FLOAT8_E4M3\x10\x04\x32\x9a\x02\n\rExpertService\x12U\n\x07\x46orward\x12%.expertmesh.experts.v1.ForwardRequest\x1a#.expertmesh.experts.v1.ForwardReply\x12X\n\x06Stream\x12%.expertmesh.experts.v1.ForwardRequest\x1a#.expertmesh.experts.v1.ForwardReply(\x01\x30\x01\x12X\n\x08\x44\x65scribe\x12&.expertmesh.experts.v1.DescribeRequest\x1a$.expertmesh.experts.v1.DescribeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xperts/wire/v1/expert.proto\x12\x15\x65xpertmesh.experts.v1\"/\n\x0cSharedMemory\x12\x0f\n\x07segment\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x97\x01\n\x06Tensor\x12+\n\x05\x64type\x18\x01 \x01(\x0e\x32\x1c.expertmesh.experts.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0e\n\x06scales\x18\x03 \x01(\x0c\x12\x33\n\x06shared\x18\x04 \x01(\x0b\x32#.expertmesh.experts.v1.SharedMemory\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"\x85\x01\n\tNodeShare\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\x0c\x12\x12\n\nexpert_ids\x18\x04 \x01(\x0c\x12\x0f\n\x07offsets\x18\x05 \x01(\x0c\x12\x12\n\ntoken_rows\x18\x06 \x01(\x0c\x12\x0f\n\x07weights\x18\x07 \x01(\x0c\"\xc8\x02\n\x0e\x46orwardRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x12\n\nexpert_ids\x18\x03 \x01(\x0c\x12\x0f\n\x07offsets\x18\x04 \x01(\x0c\x12\x12\n\ntoken_rows\x18\x05 \x01(\x0c\x12\x0f\n\x07weights\x18\x06 \x01(\x0c\x12\x31\n\x0breply_dtype\x18\x07 \x01(\x0e\x32\x1c.expertmesh.experts.v1.DType\x12\x30\n\x06shares\x18\x08 \x03(\x0b\x32 .expertmesh.experts.v1.NodeShare\x12\x38\n\x0breply_place\x18\t \x01(\x0b\x32#.expertmesh.experts.v1.SharedMemory\x12-\n\x06hidden\x18\x0f \x01(\x0b\x32\x1d.expertmesh.experts.v1.Tensor\"(\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x80\x01\n\x0c\x46orwardReply\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12/\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x1e.expertmesh.experts.v1.Failure\x12.\n\x07partial\x18\x0f \x01(\x0b\x32\x1d.expertmesh.experts.v1.Tensor\"!\n\rCancelRequest\x12\x10\n\x08\x63\x61ll_ids\x18\x01 \x03(\x04\"\r\n\x0b\x43\x61ncelReply\"\x11\n\x0f\x44\x65scribeRequest\"\xd1\x01\n\rDescribeReply\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x13\n\x0bhidden_size\x18\x03 \x01(\r\x12\x19\n\x11intermediate_size\x18\x04 \x01(\r\x12\x38\n\x05slots\x18\x05 \x03(\x0b\x32).expertmesh.experts.v1.DescribeReply.Slot\x1a\x37\n\x04Slot\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x07*o\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x15\n\x11\x44TYPE_FLOAT8_E4M3\x10\x04\x32\xee\x02\n\rExpertService\x12U\n\x07\x46orward\x12%.expertmesh.experts.v1.ForwardRequest\x1a#.expertmesh.experts.v1.ForwardReply\x12X\n\x06Stream\x12%.expertmesh.experts.v1.ForwardRequest\x1a#.expertmesh.experts.v1.ForwardReply(\x01\x30\x01\x12R\n\x06\x43\x61ncel\x12$.expertmesh.experts.v1.CancelRequest\x1a\".expertmesh.experts.v1.CancelReply\x12X\n\x08\x44\x65scribe\x12&.expertmesh.experts.v1.DescribeRequest\x1a$.expertmesh.experts.v1.DescribeReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'experts.wire.v1.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=1129
-  _globals['_DTYPE']._serialized_end=1240
+  _globals['_DTYPE']._serialized_start=1179
+  _globals['_DTYPE']._serialized_end=1290
   _globals['_SHAREDMEMORY']._serialized_start=55
   _globals['_SHAREDMEMORY']._serialized_end=102
   _globals['_TENSOR']._serialized_start=105
@@ -45,12 +45,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FAILURE']._serialized_end=765
   _globals['_FORWARDREPLY']._serialized_start=768
   _globals['_FORWARDREPLY']._serialized_end=896
-  _globals['_DESCRIBEREQUEST']._serialized_start=898
-  _globals['_DESCRIBEREQUEST']._serialized_end=915
-  _globals['_DESCRIBEREPLY']._serialized_start=918
-  _globals['_DESCRIBEREPLY']._serialized_end=1127
-  _globals['_DESCRIBEREPLY_SLOT']._serialized_start=1072
-  _globals['_DESCRIBEREPLY_SLOT']._serialized_end=1127
-  _globals['_EXPERTSERVICE']._serialized_start=1243
-  _globals['_EXPERTSERVICE']._serialized_end=1525
+  _globals['_CANCELREQUEST']._serialized_start=898
+  _globals['_CANCELREQUEST']._serialized_end=931
+  _globals['_CANCELREPLY']._serialized_start=933
+  _globals['_CANCELREPLY']._serialized_end=946
+  _globals['_DESCRIBEREQUEST']._serialized_start=948
+  _globals['_DESCRIBEREQUEST']._serialized_end=965
+  _globals['_DESCRIBEREPLY']._serialized_start=968
+  _globals['_DESCRIBEREPLY']._serialized_end=1177
+  _globals['_DESCRIBEREPLY_SLOT']._serialized_start=1122
+  _globals['_DESCRIBEREPLY_SLOT']._serialized_end=1177
+  _globals['_EXPERTSERVICE']._serialized_start=1293
+  _globals['_EXPERTSERVICE']._serialized_end=1659
 # @@protoc_insertion_point(module_scope)

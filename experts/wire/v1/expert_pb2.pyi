@@ -102,6 +102,16 @@ class ForwardReply(_message.Message):
     partial: Tensor
     def __init__(self, call_id: _Optional[int] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., partial: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
+class CancelRequest(_message.Message):
+    __slots__ = ("call_ids",)
+    CALL_IDS_FIELD_NUMBER: _ClassVar[int]
+    call_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, call_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CancelReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

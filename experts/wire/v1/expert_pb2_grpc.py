@@ -44,6 +44,11 @@ class ExpertServiceStub(object):
                 request_serializer=experts_dot_wire_dot_v1_dot_expert__pb2.ForwardRequest.SerializeToString,
                 response_deserializer=experts_dot_wire_dot_v1_dot_expert__pb2.ForwardReply.FromString,
                 _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/expertmesh.experts.v1.ExpertService/Cancel',
+                request_serializer=experts_dot_wire_dot_v1_dot_expert__pb2.CancelRequest.SerializeToString,
+                response_deserializer=experts_dot_wire_dot_v1_dot_expert__pb2.CancelReply.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/expertmesh.experts.v1.ExpertService/Describe',
                 request_serializer=experts_dot_wire_dot_v1_dot_expert__pb2.DescribeRequest.SerializeToString,
@@ -67,6 +72,14 @@ class ExpertServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Cancel(self, request, context):
+        """Nobody wants the answers to these calls of streams any more. Those that have not begun are answered with code 1
+        (CANCELLED) instead of being computed. Calls of Forward are cancelled with their RPC.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -85,6 +98,11 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.Stream,
                     request_deserializer=experts_dot_wire_dot_v1_dot_expert__pb2.ForwardRequest.FromString,
                     response_serializer=experts_dot_wire_dot_v1_dot_expert__pb2.ForwardReply.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=experts_dot_wire_dot_v1_dot_expert__pb2.CancelRequest.FromString,
+                    response_serializer=experts_dot_wire_dot_v1_dot_expert__pb2.CancelReply.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -146,6 +164,33 @@ class ExpertService(object):
             '/expertmesh.experts.v1.ExpertService/Stream',
             experts_dot_wire_dot_v1_dot_expert__pb2.ForwardRequest.SerializeToString,
             experts_dot_wire_dot_v1_dot_expert__pb2.ForwardReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.experts.v1.ExpertService/Cancel',
+            experts_dot_wire_dot_v1_dot_expert__pb2.CancelRequest.SerializeToString,
+            experts_dot_wire_dot_v1_dot_expert__pb2.CancelReply.FromString,
             options,
             channel_credentials,
             insecure,
