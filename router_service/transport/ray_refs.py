@@ -72,7 +72,9 @@ class _Reply:
             raise TransportError(f"{self._where}: no reply within the deadline")
 
     def cancel(self) -> None:
-        """Ray cannot take back an actor's task that began; the answer is dropped, and who waits for it gives up."""
+        """The answer is dropped, and who waits for it gives up; what the actor has in its queue it computes."""
+        # Not `ray.cancel`: of a task that was not sent yet it leaves a gap in the actor's queue, for which Ray (2.60)
+        # waits 30 s and then fails everything behind it.
         self._until = -math.inf
 
 
