@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 
 from experts.errors import MeshError
 from experts.node_call import NodeCall, NodeShare
-from experts.spec import ExpertCall
+from experts.spec import ExpertCall, Forwards
 from experts.wire.client import CallFailed, ExpertClient, Reply
 from experts.wire.own_address import is_own
 
 # A sibling that is stopped in the middle of a call must not keep our thread; whoever called has given up by then.
 _SIBLING_TIMEOUT_S = 60.0
 _is_here = lru_cache(maxsize=1024)(is_own)
-
-
-class Forwards(Protocol):
-    """The one thing asked of a group here."""
-
-    def forward(self, call: ExpertCall) -> torch.Tensor: ...
 
 
 class NodeRelay:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -71,3 +71,9 @@ class ExpertCall:
     offsets_S1: torch.Tensor
     token_rows_R: torch.Tensor
     weights_R: torch.Tensor
+
+
+class Forwards(Protocol):
+    """A group, as whoever carries calls to it sees it."""
+
+    def forward(self, call: ExpertCall) -> torch.Tensor: ...

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from cluster.app import build
 from cluster.commands.generate import stream_completion
 from cluster.commands.progress import Progress
 from cluster.config.mesh import MeshConfig
+from cluster.listen_ports import named_ports, port_problem
 from cluster.local_ray import shape_proxy_errors, start_local_ray
 from cluster.model_files import check_model, served_name
 from cluster.preflight import setting_problems
@@ -50,8 +50,7 @@ def serve_mesh(config: MeshConfig, mesh: Path, address: str | None, prompt: str)
             if problems := setting_problems(config, here=not address):
                 raise ConfigError("\n".join(f"{mesh}: {problem}" for problem in problems))
         if not address:  # a cluster's Serve may listen there already, and is then used as it is
-            _check_port("http.port", http.host, http.port)
-            _check_port("router.service_port", "127.0.0.1", config.router.service_port or 0)
+            _check_ports(config)
         with _ray(address, progress):
             if not address:
                 # As all of a local Ray: a laptop should not offer its experts around.
@@ -77,17 +76,13 @@ def _stop_on_signals() -> None:
     signal.signal(signal.SIGINT, interrupt)
 
 
-def _check_port(key: str, host: str, port: int) -> None:
-    """0 is any that is free."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
+def _check_ports(config: MeshConfig) -> None:
+    for key, host, port in named_ports(config):
+        if problem := port_problem(host, port):
             another = "another with --port (make serve PORT=...)" if key == "http.port" else "another"
             raise ConfigError(
-                f"{key}: cannot listen on {host}:{port} ({error.strerror}); stop what listens there or choose {another}"
-            ) from None
+                f"{key}: cannot listen on {host}:{port} ({problem}); stop what listens there or choose {another}"
+            )
 
 
 @contextmanager

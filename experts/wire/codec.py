@@ -297,6 +297,10 @@ def _check(
             f"offsets: must rise from 0 to the number of token_rows ({num_rows}), not {offsets[0]} to {offsets[-1]}",
             "offsets",
         )
+    if num_rows > num_tokens * len(ids):
+        raise RequestError(
+            f"token_rows: {num_rows} rows; an expert reads each of {num_tokens} tokens once", "token_rows"
+        )
     if num_rows and token_rows_R.numpy().view(np.uint32).max() >= num_tokens:  # a negative row is a large one
         raise RequestError(f"token_rows: rows 0 to {num_tokens - 1} of hidden can be read", "token_rows")
     if len(weights_R) != num_rows:

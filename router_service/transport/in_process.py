@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import torch
 
 from experts.errors import MeshError
 from experts.node_call import NodeCall
-from experts.spec import ExpertCall
+from experts.spec import ExpertCall, Forwards
 from router_service.combine import Combiner
 from router_service.placement import GroupReplica
 from router_service.transport.base import TransportError
-
-
-class Forwards(Protocol):
-    """The one thing asked of a group here."""
-
-    def forward(self, call: ExpertCall) -> torch.Tensor: ...
 
 
 class _Answer:

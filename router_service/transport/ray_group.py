@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ from ray.exceptions import RayError
 
 from experts.errors import MeshError
 from experts.node_call import NodeCall
-from experts.spec import ExpertCall
+from experts.spec import ExpertCall, Forwards
 from experts.wire.codec import WireCall, decode_call, decode_partial, encode_failure, encode_partial
 from router_service.combine import Combiner
 from router_service.transport.base import TransportError
@@ -36,12 +35,6 @@ LONG_BYTES = 1024 * 1024
 # A sibling that hangs must not keep our thread: an async actor with a few calls in its queue answers nothing else, and
 # Serve would take it for dead after 30 s.
 _SIBLING_TIMEOUT_S = 20.0
-
-
-class Forwards(Protocol):
-    """The one thing asked of a group here."""
-
-    def forward(self, call: ExpertCall) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)

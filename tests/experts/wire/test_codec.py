@@ -150,6 +150,10 @@ def test_an_empty_call_travels() -> None:
         ("offsets", lambda m: setattr(m, "offsets", m.offsets[:-4] + b"\x09\0\0\0")),
         ("token_rows", lambda m: setattr(m, "token_rows", m.token_rows[:-4] + b"\x03\0\0\0")),
         ("token_rows", lambda m: setattr(m, "token_rows", m.token_rows[:-4] + b"\xff\xff\xff\xff")),
+        (
+            "token_rows",
+            lambda m: (setattr(m, "offsets", m.offsets[:-4] + b"\x07\0\0\0"), setattr(m, "token_rows", bytes(28))),
+        ),
         ("weights", lambda m: setattr(m, "weights", b"")),
         ("reply_dtype", lambda m: setattr(m, "reply_dtype", 77)),
         ("hidden.dtype", lambda m: setattr(m.hidden, "dtype", 0)),
