@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -97,6 +98,17 @@ class Batch:
     def through(self, router: Router) -> torch.Tensor:
         """Dispatch and combine."""
         return router.dispatch(0, self.hidden_TH, self.expert_ids_TK, self.weights_TK).result()
+
+    def row(self, transport: str, p50_us: float) -> dict[str, Any]:
+        """A row of the report, which begins with these."""
+        return {
+            "what": "dispatch_combine",
+            "transport": transport,
+            "tokens": len(self.hidden_TH),
+            "peers": len(self.payloads),
+            "bytes_each_way": sum(map(len, self.payloads)),
+            "p50_us": round(p50_us, 1),
+        }
 
 
 def make_batch(bench: DispatchBench, num_tokens: int, num_groups: int) -> Batch:

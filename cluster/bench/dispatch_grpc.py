@@ -44,13 +44,7 @@ def grpc_row(bench: DispatchBench, num_tokens: int, peers: Sequence[tuple[str, s
             router.close()
         for each in echoes:
             each.close()
-    return {
-        "what": "dispatch_combine",
-        "transport": "grpc",
-        "tokens": num_tokens,
-        "peers": len(peers),
-        "bytes_each_way": sum(map(len, batch.payloads)),
-        "p50_us": round(router_us, 1),
+    return batch.row("grpc", router_us) | {
         "echo_p50_us": round(echo_us, 1),
         "ratio_to_echo": round(router_us / echo_us, 3),
         "with_shared_memory_us": round(with_us, 1),

@@ -26,14 +26,7 @@ def ray_row(bench: DispatchBench, num_tokens: int, replicas: Sequence[GroupRepli
     router = make_router(bench, replicas, RayRefsTransport(_NAMESPACE))
     (router_us,) = medians(bench.seconds, (partial(batch.through, router),))
     router.close()
-    return {
-        "what": "dispatch_combine",
-        "transport": "ray",
-        "tokens": num_tokens,
-        "peers": len(replicas),
-        "bytes_each_way": sum(map(len, batch.payloads)),
-        "p50_us": round(router_us, 1),
-    }
+    return batch.row("ray", router_us)
 
 
 class _Peer:
