@@ -19,7 +19,8 @@ from cluster.control.follow import follow_tables
 from cluster.cores import keep_python_to, keep_threads_to, own_cores, usable_cores
 from cluster.engine_limits import engine_limits
 from cluster.gate_options import check_gate_options, with_capacity
-from cluster.model_files import engine_dtype, expert_backend, open_checkpoint, pick_device, served_name
+from cluster.local_experts import local_experts
+from cluster.model_files import engine_dtype, open_checkpoint, pick_device, served_name
 from cluster.observe.expert_metrics import ExpertMetrics
 from cluster.serving.engine import Engine
 from cluster.serving.health import GroupHealth, Health
@@ -28,19 +29,16 @@ from cluster.serving.openai_api import create_app
 from cluster.serving.skeleton import ModelSkeleton, load_skeleton
 from cluster.serving.tokenizer import Tokenizer, load_tokenizer
 from experts.errors import ConfigError
-from experts.group import ExpertGroup
 from experts.ops.cpu_threads import ThreadTeam
-from experts.spec import ExpertKey
 from experts.weights.checkpoint import Checkpoint
 from experts.weights.layout import describe_experts
 from experts.wire.own_address import is_own
 from router_service.gating.capacity import CapacityGate
 from router_service.gating.gate import Gate
-from router_service.placement import GroupReplica, PlacementTable, balanced
+from router_service.placement import PlacementTable
 from router_service.router import Router
 from router_service.server import RouterServer
 from router_service.transport.base import Transport
-from router_service.transport.in_process import InProcessTransport
 
 log = logging.getLogger(__name__)
 # gRPC's threads must get a word in while the engine's thread computes; Python's 5 ms is a layer's time.
@@ -102,7 +100,7 @@ class EngineHost:
         checkpoint = open_checkpoint(config.model)
         skeleton, tokenizer = await asyncio.to_thread(self._load, checkpoint)
         if self._transport is None:
-            table, transport = await asyncio.to_thread(_local_experts, checkpoint, config)
+            table, transport = await asyncio.to_thread(local_experts, checkpoint, config)
         else:
             table, transport = None, self._transport
         experts_per_layer = describe_experts(checkpoint, checkpoint.config()).experts_per_layer
@@ -237,24 +235,3 @@ def _overlap(engine: EngineConfig) -> OverlapThresholds | None:
     return OverlapThresholds(
         decode_tokens=engine.dbo_decode_token_threshold, prefill_tokens=engine.dbo_prefill_token_threshold
     )
-
-
-def _local_experts(checkpoint: Checkpoint, config: MeshConfig) -> tuple[PlacementTable, Transport]:
-    """Every group in this process, and the table that says so."""
-    model_config = checkpoint.config()
-    layout = describe_experts(checkpoint, model_config)
-    device = pick_device(config.experts.device)
-    count = config.experts.groups
-    holders = balanced(layout.experts_per_layer, count, nodes_of_groups=None)
-    groups = {}
-    for number in range(count):
-        backend = expert_backend(config, layout.spec, model_config, device, num_threads=usable_cores())
-        group = ExpertGroup(number, layout.spec, backend)
-        keys = [ExpertKey(layer, e) for layer, held in holders.items() for e, by in enumerate(held) if number in by]
-        group.assign(layout, checkpoint, keys)
-        groups[f"local-{number}"] = group
-    replicas = tuple(
-        GroupReplica(group=number, replica=name, node="local", address="") for number, name in enumerate(groups)
-    )
-    table = PlacementTable(version=1, num_groups=count, holders=holders, replicas=replicas)
-    return table, InProcessTransport(groups)
