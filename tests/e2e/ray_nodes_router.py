@@ -2,10 +2,12 @@
 
     python tests/e2e/ray_nodes_router.py HEAD_ADDRESS HEAD_NAMESPACE
 
-Each line is JSON: tokens of a batch, whether the sums are those of `in_process` to the bit, the router's own count of
-nodes touched and of bytes, and bytes on the head's interface, all of Ray's own included: the least of several counts.
+Each line is JSON: hidden size and tokens of a batch, whether the sums are those of `in_process` to the bit, the router's
+own count of nodes touched and of bytes, and bytes on the head's interface, all of Ray's own included: the least of
+several counts.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -20,7 +22,9 @@ from router_service.transport.in_process import InProcessTransport
 from router_service.transport.ray_group import serve_calls
 from router_service.transport.ray_refs import RayRefsTransport
 
-HIDDEN_SIZE, NUM_EXPERTS, TOP_K, GROUPS_PER_NODE, BATCHES, COUNTS = 4096, 32, 8, 4, 4, 5
+NUM_EXPERTS, TOP_K, GROUPS_PER_NODE, BATCHES, COUNTS = 32, 8, 4, 4, 5
+# Mixtral's and DeepSeek-V3's.
+HIDDEN_SIZES = 4096, 7168
 
 
 class Scaler:
@@ -54,10 +58,10 @@ def start_groups():
     return actors, tuple(replicas)
 
 
-def batch(num_tokens, seed):
+def batch(num_tokens, hidden_size, seed):
     """(hidden_TH, expert_ids_TK, weights_TK) at random."""
     generator = torch.Generator().manual_seed(seed)
-    hidden_TH = torch.randn(num_tokens, HIDDEN_SIZE, generator=generator)
+    hidden_TH = torch.randn(num_tokens, hidden_size, generator=generator)
     expert_ids_TK = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).topk(TOP_K).indices
     return hidden_TH, expert_ids_TK, torch.rand(num_tokens, TOP_K, generator=generator)
 
@@ -76,9 +80,9 @@ def main(address, namespace):
     local = router_over(InProcessTransport({replica.replica: Scaler() for replica in replicas}), table, None)
     router = router_over(RayRefsTransport("mesh"), table, "engine")
     host, counters = Host(namespace, address), router.counters
-    router.dispatch(0, *batch(16, seed=99)).result()  # finds the actors
-    for num_tokens in (1, 2, 8, 64, 256, 1024):
-        batches = [batch(num_tokens, seed) for seed in range(BATCHES)]
+    router.dispatch(0, *batch(16, HIDDEN_SIZES[0], seed=99)).result()  # finds the actors
+    for hidden_size, num_tokens in itertools.product(HIDDEN_SIZES, (1, 2, 8, 64, 256, 1024)):
+        batches = [batch(num_tokens, hidden_size, seed) for seed in range(BATCHES)]
         expected = [local.dispatch(0, *each).result() for each in batches]
 
         def count(batches=batches, expected=expected):
@@ -98,7 +102,7 @@ def main(address, namespace):
         # What Ray's processes tell each other meanwhile only adds, the more the busier the machine.
         least = min(counts, key=lambda row: row["sent"] + row["received"])
         exact = all(row["exact"] for row in counts)
-        print(json.dumps(least | {"tokens": num_tokens, "exact": exact}), flush=True)
+        print(json.dumps(least | {"hidden": hidden_size, "tokens": num_tokens, "exact": exact}), flush=True)
     router.close()
     assert actors, "an actor lives as long as its handle"
 
