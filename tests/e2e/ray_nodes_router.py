@@ -2,9 +2,9 @@
 
     python tests/e2e/ray_nodes_router.py HEAD_ADDRESS HEAD_NAMESPACE
 
-Each line is JSON: hidden size and tokens of a batch, whether the sums are those of `in_process` to the bit, the router's
-own count of nodes touched and of bytes, and bytes on the head's interface, all of Ray's own included: the least of
-several counts.
+Each line is JSON: hidden size and tokens of a batch, whether the sums are those of `in_process` to the bit, the
+router's own count of nodes touched and of bytes, and bytes on the head's interface, all of Ray's own included: the
+least of several counts.
 """
 
 import itertools
