@@ -48,7 +48,7 @@ def test_a_token_crosses_to_a_ray_node_once_and_sums_are_exact(
         assert row["exact"]
         assert row["counted_sent"] == counted
         # Below, Ray's own bytes of each task show.
-        if row["tokens"] * row["hidden"] > 10_000:
+        if row["tokens"] >= 8:
             assert 1 <= sent <= 1.1
             assert 1 <= received <= 1.1
     assert [row["tokens"] for row in rows] == 2 * [1, 2, 8, 64, 256, 1024]
