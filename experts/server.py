@@ -118,6 +118,7 @@ class ExpertServer:
         try:
             wire = decode_call(request, segments)
             call_id = wire.call_id
+            # Only now that a segment which the call may have brought is open: the answer takes its name away.
             if self._cancelled.take(call_id):
                 raise CallCancelled("the caller went away before its call began")
             return encode_partial(call_id, self._run(wire.call), wire.reply_dtype, wire.reply_place)
