@@ -118,7 +118,7 @@ class GroupActor:
             identity=identity,
             owns_process=True,
         )
-        serve_calls(self._host.group, _NAMESPACE)
+        serve_calls(self._host.group, self._host.cancelled, _NAMESPACE)
         await self._host.start()
 
     def record_autoscaling_stats(self) -> dict[str, float]:

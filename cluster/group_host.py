@@ -77,6 +77,7 @@ class GroupHost:
         self.group = MeteredGroup(group, self._layout.spec, self._backend, self.meter)
         host = identity.host if config.experts.listen_host == "auto" else config.experts.listen_host
         self._server = ExpertServer(self.group, host=host)
+        self.cancelled = self._server.cancelled
         self._device = str(device)
         self._me = GroupReplica(
             group=group,

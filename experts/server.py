@@ -6,7 +6,7 @@ Callers on the same machine have their streams over a Unix socket (`experts.wire
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
@@ -15,6 +15,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from experts.cancelled_calls import CancelledCalls
 from experts.errors import ConfigError, ExpertNotResident, RequestError
 from experts.group import ExpertGroup
 from experts.node_call import NodeCall
@@ -23,7 +24,6 @@ from experts.spec import ExpertCall
 from experts.wire.codec import (
     MAX_MESSAGE_BYTES,
     BadCall,
-    CallCancelled,
     decode_call,
     encode_failure,
     encode_partial,
@@ -35,8 +35,6 @@ from experts.wire.v1 import expert_pb2 as pb
 SERVICE = pb.DESCRIPTOR.services_by_name["ExpertService"].full_name
 
 _MAX_STREAMS = 512
-# Most of the calls that are cancelled have begun, and nobody asks for them: the oldest are forgotten.
-_MAX_CANCELLED = 4096
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -51,6 +49,7 @@ class ExpertServer:
     """Serves one group on `host:port` (0: a free port), with standard health checking and reflection.
 
     address: host:port that it listens on
+    cancelled: what callers have told it to skip, which whoever else brings calls to the group asks too
 
     Raises ConfigError where the port is taken.
     """
@@ -58,7 +57,7 @@ class ExpertServer:
     def __init__(self, group: ExpertGroup, host: str = "127.0.0.1", port: int = 0) -> None:
         self._group = group
         self._relay = NodeRelay(group)
-        self._cancelled = _CancelledCalls()
+        self.cancelled = CancelledCalls()
         self._idle = threading.Condition()
         self._calls = 0
         self._server = grpc.server(ThreadPoolExecutor(_MAX_STREAMS, "expert-stream"), options=_OPTIONS)
@@ -119,8 +118,7 @@ class ExpertServer:
             wire = decode_call(request, segments)
             call_id = wire.call_id
             # Only now that a segment which the call may have brought is open: the answer takes its name away.
-            if self._cancelled.take(call_id):
-                raise CallCancelled("the caller went away before its call began")
+            self.cancelled.check(call_id)
             return encode_partial(call_id, self._run(wire.call), wire.reply_dtype, wire.reply_place)
         except Exception as error:
             # Whatever went wrong, the stream and its other calls live on.
@@ -141,7 +139,7 @@ class ExpertServer:
                 raise AssertionError("abort raises") from None
 
     def _cancel(self, request: pb.CancelRequest, context: grpc.ServicerContext) -> pb.CancelReply:
-        self._cancelled.add(request.call_ids)
+        self.cancelled.add(request.call_ids)
         return pb.CancelReply()
 
     def _run(self, call: ExpertCall | NodeCall) -> torch.Tensor:
@@ -171,24 +169,3 @@ class ExpertServer:
                 self._calls -= 1
                 if not self._calls:
                     self._idle.notify_all()
-
-
-class _CancelledCalls:
-    """Calls of streams that were cancelled and have not been met yet. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._call_ids: dict[int, None] = {}
-
-    def add(self, call_ids: Iterable[int]) -> None:
-        with self._lock:
-            self._call_ids.update(dict.fromkeys(call_ids))
-            for _ in range(len(self._call_ids) - _MAX_CANCELLED):
-                del self._call_ids[next(iter(self._call_ids))]
-
-    def take(self, call_id: int) -> bool:
-        """Whether the call was cancelled; it is forgotten then."""
-        if not self._call_ids:
-            return False
-        with self._lock:
-            return self._call_ids.pop(call_id, False) is None

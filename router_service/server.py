@@ -51,9 +51,9 @@ _WATCH_S = 1.0
 class RouterServer:
     """Serves one router on `host:port` (0: a free port), with standard health checking and reflection.
 
-    The deadline and the cancellation of an RPC reach the experts over gRPC: what they have not begun they do not
-    compute. A stream without a deadline is the quick way: its calls go to the groups as an engine's do, with no RPC of
-    their own. The calls of a stream are answered in the order they came; open several streams to have several calls
+    The deadline and the cancellation of an RPC reach the experts: what they have not begun they do not compute. A
+    stream without a deadline is the quick way: its calls go to the groups as an engine's do, with no RPC of their own.
+    The calls of a stream are answered in the order they came; open several streams to have several calls
     out at once.
     Health is NOT_SERVING until the router has a placement table.
 

@@ -13,6 +13,7 @@ import torch
 from cluster.bench.dispatch_case import DispatchBench, make_batch, make_router, medians
 from cluster.bench.dispatch_peer import IdleGroup
 from cluster.local_ray import start_local_ray
+from experts.cancelled_calls import CancelledCalls
 from router_service.placement import GroupReplica
 from router_service.transport.ray_group import serve_calls
 from router_service.transport.ray_refs import RayRefsTransport
@@ -34,7 +35,7 @@ class _Peer:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        serve_calls(IdleGroup(), _NAMESPACE)
+        serve_calls(IdleGroup(), CancelledCalls(), _NAMESPACE)
 
     def ready(self) -> bool:
         return True

@@ -13,7 +13,6 @@ import itertools
 import secrets
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Protocol
 
 import grpc
@@ -22,6 +21,7 @@ import torch
 from experts.errors import ExpertNotResident, MeshError, RequestError, SegmentUnreachable
 from experts.node_call import NodeCall
 from experts.spec import ExpertCall
+from experts.wire.canceller import Canceller
 from experts.wire.codec import (
     MAX_MESSAGE_BYTES,
     WireReply,
@@ -51,7 +51,6 @@ _OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
-_CANCEL_TIMEOUT_S = 10.0
 # From here on (both ways together), copying through shared memory costs less than through two sockets: printed by
 # `expertmesh bench dispatch`.
 SHARED_BYTES = 128 * 1024
@@ -85,7 +84,7 @@ class _Connection:
         self._where = f"{name} at {address}" if name != address else address
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._forward = self._channel.unary_unary(f"/{_SERVICE}/Forward")
-        self._cancel = self._channel.unary_unary(f"/{_SERVICE}/Cancel", pb.CancelRequest.SerializeToString)
+        self._canceller = Canceller(address)
         self._wanted: set[int] = set()
         self._arrived: dict[int, WireReply] = {}
         self._segments = SegmentPool()
@@ -156,15 +155,14 @@ class _Connection:
     def cancel(self, call_id: int) -> None:
         """Abandon it, and tell the peer, which may not have begun."""
         if call_id in self._wanted and call_id not in self._arrived:
-            with suppress(ValueError):  # the channel is closed, and the stream with it
-                told = self._cancel.future(pb.CancelRequest(call_ids=[call_id]), timeout=_CANCEL_TIMEOUT_S)
-                told.add_done_callback(_ignore)  # which keeps it: grpcio cancels what nobody holds
+            self._canceller.cancel(call_id)
         self.abandon(call_id)
 
     def close(self, reason: str) -> None:
         """Fail every reply that is owed; the first reason is the one that callers see."""
         self._stream.close(reason)
         self._channel.close()
+        self._canceller.close()
         self._segments.close()
 
     def _receive(self, message: bytes) -> None:
@@ -219,10 +217,6 @@ class _UnaryReply:
 
     def cancel(self) -> None:
         self._future.cancel()
-
-
-def _ignore(_: grpc.Future) -> None:
-    """A peer that cannot be told computes what it was asked."""
 
 
 def _partial(reply: WireReply) -> torch.Tensor:

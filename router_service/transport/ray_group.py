@@ -17,6 +17,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
+from experts.cancelled_calls import CancelledCalls
 from experts.errors import MeshError
 from experts.node_call import NodeCall
 from experts.spec import ExpertCall, Forwards
@@ -40,15 +41,20 @@ _SIBLING_TIMEOUT_S = 20.0
 @dataclass(frozen=True, slots=True)
 class _Served:
     group: Forwards
+    cancelled: CancelledCalls
     siblings: RayActors
 
 
 _served: list[_Served] = []
 
 
-def serve_calls(group: Forwards, namespace: str) -> None:
-    """Let routers reach `group` in this actor's process; `namespace` is where all groups' actors have their names."""
-    _served[:] = [_Served(group, RayActors(namespace))]
+def serve_calls(group: Forwards, cancelled: CancelledCalls, namespace: str) -> None:
+    """Let routers reach `group` in this actor's process.
+
+    cancelled: what the group's ExpertServer was told to skip
+    namespace: where all groups' actors have their names
+    """
+    _served[:] = [_Served(group, cancelled, RayActors(namespace))]
 
 
 def to_message(data: bytes) -> Message:
@@ -63,7 +69,12 @@ def from_message(message: Message) -> bytes | memoryview:
 
 def forward(_actor: object, request: Message) -> Message:
     """The answer to a call to this group, or to this node, whose share without an address is this group's."""
-    return _answered(request, lambda served, wire: _run(served, wire.call, request), None)
+
+    def run(served: _Served, wire: WireCall) -> torch.Tensor:
+        served.cancelled.check(wire.call_id)
+        return _run(served, wire.call, request)
+
+    return _answered(request, run, None)
 
 
 def forward_share(_actor: object, request: Message, number: int) -> Message:

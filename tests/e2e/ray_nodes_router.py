@@ -16,6 +16,7 @@ import ray
 import torch
 
 from cluster.bench.hosts import Host
+from experts.cancelled_calls import CancelledCalls
 from router_service.placement import GroupReplica, PlacementTable, balanced
 from router_service.router import Router
 from router_service.transport.in_process import InProcessTransport
@@ -40,7 +41,7 @@ class Peer:
     """An async actor, as Serve's replicas are."""
 
     def __init__(self):
-        serve_calls(Scaler(), "mesh")
+        serve_calls(Scaler(), CancelledCalls(), "mesh")
 
     async def pid(self):
         return os.getpid()

@@ -1,4 +1,5 @@
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -7,6 +8,19 @@ from experts.errors import ExpertNotResident, RequestError
 from experts.server import ExpertServer
 from router_service.placement import GroupReplica, PlacementTable, balanced
 from router_service.transport.in_process import InProcessTransport
+
+
+@pytest.fixture
+def wait_until():
+    """Waits for a condition: what the far end of a socket brings about comes a little later."""
+
+    def wait(condition):
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    return wait
 
 
 class TinyExperts:

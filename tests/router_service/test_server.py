@@ -1,6 +1,5 @@
 import dataclasses
 import threading
-import time
 from contextlib import suppress
 from queue import SimpleQueue
 
@@ -25,14 +24,6 @@ from router_service.wire.v1 import router_pb2_grpc
 
 def tensor(hidden_TH):
     return expert_pb2.Tensor(dtype=expert_pb2.DTYPE_FLOAT32, shape=hidden_TH.shape, data=hidden_TH.numpy().tobytes())
-
-
-def wait_until(condition):
-    """What the far end of a socket brings about comes a little later."""
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def read(reply):
@@ -171,7 +162,7 @@ def test_placement_can_be_read_and_watched(mesh, router, stub):
     watch.cancel()
 
 
-def test_who_watches_leaves_room_for_calls(stub):
+def test_who_watches_leaves_room_for_calls(stub, wait_until):
     def begin():
         watch = stub.WatchPlacement(pb.GetPlacementRequest())
         next(watch)
@@ -323,7 +314,7 @@ def test_a_streams_deadline_and_cancellation_reach_the_experts(stuck_mesh):
     assert router.counters.failovers == 0
 
 
-def test_cancelling_a_stream_without_a_deadline_reaches_the_experts_too(stuck_mesh):
+def test_cancelling_a_stream_without_a_deadline_reaches_the_experts_too(stuck_mesh, wait_until):
     """Its calls share the groups' streams: a call that waits there behind another one is not computed."""
     stuck, ends, router, stub = stuck_mesh
     request = pb.StreamRequest(route=pb.RouteRequest(hidden=tensor(torch.ones(500, 8))))

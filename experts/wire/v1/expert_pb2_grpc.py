@@ -73,8 +73,8 @@ class ExpertServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Nobody wants the answers to these calls of streams any more. Those that have not begun are answered with code 1
-        (CANCELLED) instead of being computed. Calls of Forward are cancelled with their RPC.
+        """Nobody wants the answers to these calls any more, which came by Stream or as tasks of Ray. Those that have not begun
+        are answered with code 1 (CANCELLED) instead of being computed. Calls of Forward are cancelled with their RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,6 +1,8 @@
 import itertools
-import threading
+import os
+from contextlib import contextmanager
 from functools import partial
+from queue import SimpleQueue
 
 import grpc
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from experts.errors import ExpertNotResident
 from experts.node_call import NodeCall, NodeShare
+from experts.server import ExpertServer
 from experts.wire.v1 import expert_pb2
 from router_service.placement import GroupReplica, PlacementTable
 from router_service.router import Router
@@ -23,44 +26,64 @@ from router_service.transport.ray_refs import RayRefsTransport  # noqa: E402
 pytestmark = pytest.mark.ray
 
 
-def start_group(name, *, asynchronous, group=0, layers=(0,), gated=False):
-    """An actor that serves a group in which an expert is worth 2 * hidden; gated: it computes once `open` was called"""
+def start_group(name, *, asynchronous, group=0, layers=(0,), gate=None, told=None):
+    """An actor that serves a group in which an expert is worth 2 * hidden.
+
+    gate: a FIFO that holds up the first call until somebody writes to it; told: one that hears of every Cancel. Nothing
+    in Ray tells as much: an async actor with some calls in its queue answers nothing else.
+    """
 
     class Group:
         def __init__(self):
-            self.gate = threading.Event()
-            if not gated:
-                self.gate.set()
+            self.calls = 0
 
         def forward(self, call):
-            assert self.gate.wait(60)
+            self.calls += 1
+            if gate and self.calls == 1:
+                gate.read_bytes()
             if call.layer not in layers:
                 raise ExpertNotResident(f"layer {call.layer} is not here", "layer")
             return 2 * call.hidden_TH.float()
 
+    class Server(ExpertServer):
+        def _cancel(self, request, context):
+            reply = super()._cancel(request, context)
+            told.write_text(f"{len(request.call_ids)}")
+            return reply
+
     class Plain:
         def __init__(self):
             self.group = Group()
-            serve_calls(self.group, "mesh")
+            self.server = Server(self.group)
+            self.server.start()
+            serve_calls(self.group, self.server.cancelled, "mesh")
 
-        def open(self):
-            self.group.gate.set()
-            return True
+        def address(self):
+            return self.server.address
 
-        def ping(self):
-            return True
+        def calls(self):
+            return self.group.calls
 
     class Async(Plain):
-        async def open(self):
-            return super().open()
+        async def address(self):
+            return self.server.address
 
-        async def ping(self):
-            return True
+        async def calls(self):
+            return self.group.calls
 
     actor_class = ray.remote(num_cpus=0)(Async if asynchronous else Plain)
     actor = actor_class.options(name=f"actor-{name}").remote()
-    assert ray.get(actor.ping.remote())
-    return actor, GroupReplica(group=group, replica=name, node="n0", address="", actor=f"actor-{name}")
+    address = ray.get(actor.address.remote())
+    return actor, GroupReplica(group=group, replica=name, node="n0", address=address, actor=f"actor-{name}")
+
+
+@pytest.fixture
+def fifos(tmp_path):
+    """`gate` and `told` of a group."""
+    names = "gate", "told"
+    for name in names:
+        os.mkfifo(tmp_path / name)
+    return {name: tmp_path / name for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +143,7 @@ def test_tensors_travel_in_the_wire_dtype(make_call):
             error_TH = (partial_TH / 2 - hidden_TH).abs()
             assert (error_TH <= tolerance * hidden_TH.abs() + tolerance * 2**-9 * hidden_TH.abs().max()).all()
             assert (error_TH.max() > 0) == (wire_dtype != "model")
-    assert all(ray.get(actor.ping.remote()) for actor in actors)
+    assert all(ray.get(actor.calls.remote()) for actor in actors)
 
 
 def node_call(hidden_TH, tokens, layer=0, relay=0):
@@ -196,53 +219,88 @@ def test_a_lost_group_of_a_node_is_replaced_and_the_output_is_the_same():
     router.update(PlacementTable(version=2, num_groups=2, holders=table.holders, replicas=(replicas[0], new)))
     assert torch.equal(pending.result(), undisturbed)
     assert torch.equal(router.dispatch(0, *batch).result(), undisturbed)
-    assert ray.get(new_actor.ping.remote())
+    assert ray.get(new_actor.calls.remote())
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_a_callers_time_limit_says_nothing_about_the_replica(make_call):
-    # Not an async actor: one with some calls in its queue answers nothing else.
-    actor, replica = start_group("late", asynchronous=False, gated=True)
-    transport = RayRefsTransport("mesh")
-    call = make_call(torch.ones(1, 4))
-    for send in (
-        lambda timeout_s: transport.send(replica, call, timeout_s),
-        lambda timeout_s: transport.send_node([replica], node_call(torch.ones(1, 4), (None,)), timeout_s),
-    ):
-        with pytest.raises(ReplyAbandoned, match="time limit"):
-            send(0.05).result()
-        with pytest.raises(ReplyAbandoned, match="time limit"):
-            send(0.05).result(0.05)
-        for timeout_s in (None, 100.0):
-            with pytest.raises(TransportError, match="no reply within the deadline") as caught:
-                send(timeout_s).result(0.05)
-            assert not isinstance(caught.value, ReplyAbandoned)
-    cancelled = transport.send(replica, call)
-    cancelled.cancel()
-    with pytest.raises(ReplyAbandoned):
-        cancelled.result(20)
-
-    router = Router(transport, {}, recovery_timeout_s=60.0)
-    router.update(PlacementTable(version=1, num_groups=1, holders={0: ((0,),)}, replicas=(replica,)))
+@contextmanager
+def router_service(router):
+    """A stub of its RouterService."""
     server = RouterServer(router)
     server.start()
-    hidden_TH, ids_TK, weights_TK = torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
-    hidden = expert_pb2.Tensor(dtype=expert_pb2.DTYPE_FLOAT32, shape=(1, 4), data=hidden_TH.numpy().tobytes())
-    ids, weights = ids_TK.numpy().tobytes(), weights_TK.numpy().tobytes()
-    request = router_pb2.DispatchRequest(experts_per_token=1, expert_ids=ids, weights=weights, hidden=hidden)
     try:
-        with pytest.raises(TimeoutError):
-            router.dispatch(0, hidden_TH, ids_TK, weights_TK, timeout_s=0.05).result()
         with grpc.insecure_channel(server.address) as channel:
-            stub = router_pb2_grpc.RouterServiceStub(channel)
-            with pytest.raises(grpc.RpcError) as caught:
-                stub.Dispatch(request, timeout=0.3)
-            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            # The replica does not look lost: the next call is its.
-            assert ray.get(actor.open.remote())
-            reply = stub.Dispatch(request, timeout=60)
-        assert torch.frombuffer(bytearray(reply.combined.data), dtype=torch.float32).eq(2).all()
-        assert router.counters.failovers == 0
+            yield router_pb2_grpc.RouterServiceStub(channel)
     finally:
         server.stop(0)
         router.close()
+
+
+def dispatch_request():
+    """One token of ones, for expert 0."""
+    hidden = expert_pb2.Tensor(dtype=expert_pb2.DTYPE_FLOAT32, shape=(1, 4), data=torch.ones(1, 4).numpy().tobytes())
+    ids, weights = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
+    return router_pb2.DispatchRequest(
+        experts_per_token=1, expert_ids=ids.numpy().tobytes(), weights=weights.numpy().tobytes(), hidden=hidden
+    )
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_queued_call_that_nobody_wants_any_more_is_not_computed(make_call, wait_until, fifos, asynchronous):
+    actor, replica = start_group(f"skip-{asynchronous}", asynchronous=asynchronous, **fifos)
+    transport = RayRefsTransport("mesh")
+    call, node = make_call(torch.ones(1, 4)), node_call(torch.ones(1, 4), (None,))
+    first = transport.send(replica, call)
+    for cancelled in (transport.send(replica, call), transport.send_node([replica], node)):
+        cancelled.cancel()
+        assert fifos["told"].read_text() == "1"
+        cancelled.cancel()  # of which nobody is told again
+        with pytest.raises(ReplyAbandoned):
+            cancelled.result(20)
+    for patience_s in (None, 0.05):
+        for late in (transport.send(replica, call, 0.05), transport.send_node([replica], node, 0.05)):
+            with pytest.raises(ReplyAbandoned, match="time limit"):
+                late.result(patience_s)
+            assert fifos["told"].read_text() == "1"
+
+    router = Router(transport, {}, recovery_timeout_s=60.0)
+    router.update(PlacementTable(version=1, num_groups=1, holders={0: ((0,),)}, replicas=(replica,)))
+    with router_service(router) as stub:
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Dispatch(dispatch_request(), timeout=0.3)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert fifos["told"].read_text() == "1"
+        calls = SimpleQueue()
+        stream = stub.Stream(iter(calls.get, None))
+        calls.put(router_pb2.StreamRequest(dispatch=dispatch_request()))
+        wait_until(lambda: router.replicas.rows_in_flight == 1)
+        stream.cancel()
+        calls.put(None)
+        assert fifos["told"].read_text() == "1"
+        last = transport.send(replica, call)
+        fifos["gate"].write_bytes(b"")
+        assert first.result(20).eq(2).all()
+        assert last.result(20).eq(2).all()
+        last.cancel()
+        assert ray.get(actor.calls.remote()) == 2
+        # The replica does not look lost: the next call is its.
+        reply = stub.Dispatch(dispatch_request(), timeout=60)
+        assert torch.frombuffer(bytearray(reply.combined.data), dtype=torch.float32).eq(2).all()
+        assert router.counters.failovers == 0
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_callers_patience_is_not_its_time_limit(make_call, fifos):
+    actor, replica = start_group("late", asynchronous=False, **fifos)
+    transport = RayRefsTransport("mesh")
+    call, node = make_call(torch.ones(1, 4)), node_call(torch.ones(1, 4), (None,))
+    first = transport.send(replica, call)
+    for timeout_s in (None, 100.0):
+        for reply in (transport.send(replica, call, timeout_s), transport.send_node([replica], node, timeout_s)):
+            with pytest.raises(TransportError, match="no reply within the deadline") as caught:
+                reply.result(0.05)
+            assert not isinstance(caught.value, ReplyAbandoned)
+    fifos["gate"].write_bytes(b"")
+    assert first.result(20).eq(2).all()
+    assert transport.send(replica, call).result(20).eq(2).all()
+    assert ray.get(actor.calls.remote()) == 6
