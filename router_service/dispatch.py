@@ -168,7 +168,7 @@ def _plan(
         )
     except IndexError:
         raise RequestError(
-            f"expert_ids reach from {expert_R.min()} to {expert_R.max()}; in this placement table layer {layer} has "
+            f"expert_ids: reach from {expert_R.min()} to {expert_R.max()}; in this placement table layer {layer} has "
             f"experts 0 to {index.num_experts - 1}",
             "expert_ids",
         ) from None

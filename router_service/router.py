@@ -122,7 +122,7 @@ class Router:
         gate = self._gates.get(layer)
         if gate is None:
             known = ", ".join(map(str, sorted(self._gates))) or "none"
-            raise RequestError(f"layer {layer} has no gate here; layers with a gate: {known}", "layer")
+            raise RequestError(f"layer: {layer} has no gate here; layers with a gate: {known}", "layer")
         _check_hidden(hidden_TH)
         if self._small is not None and timeout_s is None:
             batch = self._small.send(self._view(), layer, hidden_TH)
@@ -161,14 +161,13 @@ class Router:
             or expert_ids_TK.dtype not in (torch.int64, torch.int32)
         ):
             raise RequestError(
-                f"expert_ids is {expert_ids_TK.dtype} of shape {tuple(expert_ids_TK.shape)}, expected "
-                "int64 or "
-                f"int32 [{hidden_TH.shape[0]}, K]",
+                f"expert_ids: {expert_ids_TK.dtype} of shape {tuple(expert_ids_TK.shape)}, expected int64 or int32 "
+                f"[{hidden_TH.shape[0]}, K]",
                 "expert_ids",
             )
         if weights_TK.shape != expert_ids_TK.shape:
             raise RequestError(
-                f"weights has shape {tuple(weights_TK.shape)}, expected expert_ids' {tuple(expert_ids_TK.shape)}",
+                f"weights: shape {tuple(weights_TK.shape)}, expected expert_ids' {tuple(expert_ids_TK.shape)}",
                 "weights",
             )
         num_experts = self._view().slots(layer, frozenset()).num_experts
@@ -177,7 +176,7 @@ class Router:
             if low < -1 or high >= num_experts:
                 wrong = low if low < -1 else high
                 raise RequestError(
-                    f"expert_ids holds {wrong}; layer {layer} has experts 0 to {num_experts - 1}, -1 is none",
+                    f"expert_ids: there is no {wrong}; layer {layer} has experts 0 to {num_experts - 1}, -1 is none",
                     "expert_ids",
                 )
         return self._dispatch(layer, hidden_TH, expert_ids_TK, weights_TK.float(), timeout_s)
@@ -232,5 +231,5 @@ class Router:
 def _check_hidden(hidden_TH: torch.Tensor) -> None:
     if hidden_TH.dim() != 2 or not hidden_TH.is_floating_point():
         raise RequestError(
-            f"hidden is {hidden_TH.dtype} of shape {tuple(hidden_TH.shape)}, expected float [T, H]", "hidden"
+            f"hidden: {hidden_TH.dtype} of shape {tuple(hidden_TH.shape)}, expected float [T, H]", "hidden"
         )

@@ -40,7 +40,7 @@ class TableView:
             holders = self.table.holders.get(layer)
             if holders is None:
                 known = ", ".join(map(str, sorted(self.table.holders)))
-                raise RequestError(f"layer {layer} has no experts; layers with experts: {known}", "layer")
+                raise RequestError(f"layer: {layer} has no experts; layers with experts: {known}", "layer")
             index = self._indices[layer, avoid] = build_slot_index(holders, self.table.num_groups, avoid)
         return index
 

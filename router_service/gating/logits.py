@@ -23,7 +23,7 @@ class GateLogits:
     def __call__(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """Raises RequestError where hidden states are of another width."""
         if hidden_TH.shape[-1] != self._width:
-            raise RequestError(f"hidden is {hidden_TH.shape[-1]} wide, the gate takes {self._width}", "hidden")
+            raise RequestError(f"hidden: {hidden_TH.shape[-1]} wide, the gate takes {self._width}", "hidden")
         if self.packed is None:
             return F.linear(hidden_TH.float(), self._weight_EH)
         return packed_matmul(self.packed, hidden_TH.float())

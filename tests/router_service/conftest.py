@@ -57,7 +57,9 @@ class TinyGroup:
         self.calls.append(call)
         width = self.experts.weight_EHH.shape[1]
         if call.hidden_TH.shape[1] != width:
-            raise RequestError(f"hidden is {call.hidden_TH.shape[1]} wide, these experts take {width}", "hidden")
+            raise RequestError(
+                f"hidden.shape: {call.hidden_TH.shape[1]} wide, these experts take {width}", "hidden.shape"
+            )
         partial_TH = torch.zeros(call.hidden_TH.shape, dtype=torch.float32)
         offsets = call.offsets_S1.tolist()
         assert offsets[0] == 0
