@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Literal
 
 import torch
 
 from experts.errors import ExpertNotResident, GroupUnavailable
+from router_service.caller import Caller
 from router_service.counters import RouterCounters
 from router_service.dispatch import GroupPart, plan_rows
+from router_service.flight import Flight, NodeFlight
 from router_service.replica_choice import RETRY_S, ReplicaChoice
-from router_service.sender import Flight, NodeFlight, Sender
+from router_service.sender import Sender
 from router_service.table_view import TableBoard, TableView
 from router_service.transport.base import ReplyAbandoned, TransportError
 
@@ -48,32 +49,30 @@ class Failover:
         self._timeout_s = recovery_timeout_s
         self._mode = on_expert_loss
 
-    def send_each(self, flight: NodeFlight, hidden_TH: torch.Tensor, until: float) -> NodeFlight:
+    def send_each(self, flight: NodeFlight, hidden_TH: torch.Tensor, caller: Caller) -> tuple[Flight, ...]:
         """Send a node's parts one by one, its shared message having failed; whoever is lost then shows."""
         view = self._board.view
         assert view is not None, "a part was planned, so there was a table"
         assert flight.node_part is not None
         with self._counters.lock:
             self._counters.failovers += 1
-        parts = flight.node_part.parts
-        flights = self._sender.send_each(view, parts, flight.version, hidden_TH, seconds_to(until))
-        return NodeFlight(version=flight.version, flights=flights)
+        return self._sender.send_each(view, flight.node_part.parts, flight.version, hidden_TH, caller)
 
     def recover(
         self,
         flight: Flight,
         failure: TransportError | ExpertNotResident,
         hidden_TH: torch.Tensor,
-        until: float,
+        caller: Caller,
     ) -> list[tuple[GroupPart, torch.Tensor]]:
         """Bring home what `flight` did not: (part, partial_TH) ascending by group.
 
-        hidden_TH: the whole batch; until: the caller's own deadline (monotonic clock), inf where it has none.
-        Raises GroupUnavailable naming the group that stayed away, ReplyAbandoned where the caller's deadline passed.
+        hidden_TH: the whole batch. Raises GroupUnavailable naming the group that stayed away, ReplyAbandoned where
+        nobody waits any more.
         """
         if self._mode == "fail":
             raise self._unavailable(flight, failure) from failure
-        deadline = min(until, time.monotonic() + self._timeout_s)
+        deadline = time.monotonic() + self._timeout_s
         with self._counters.lock:
             self._counters.failovers += 1
         stale = {flight.part.group: flight.version} if isinstance(failure, ExpertNotResident) else {}
@@ -87,35 +86,32 @@ class Failover:
             }
             pieces = [piece for part in todo for piece in self._pieces(view, part, avoid, len(hidden_TH))]
             reachable = [piece for piece in pieces if piece.group not in avoid]
-            flights = self._sender.send_each(view, reachable, view.table.version, hidden_TH, seconds_to(until))
+            flights = self._sender.send_each(view, reachable, view.table.version, hidden_TH, caller)
             todo = [piece for piece in pieces if piece.group in avoid]
-            try:
-                for sent in flights:
-                    try:
-                        done.append((sent.part, self._sender.receive(sent, max(0.0, deadline - time.monotonic()))))
-                    except ReplyAbandoned:
-                        raise
-                    except (TransportError, ExpertNotResident) as error:
-                        if isinstance(error, ExpertNotResident):
-                            stale[sent.part.group] = sent.version
-                        flight, failure = sent, error
-                        todo.append(sent.part)
-            except BaseException:
-                for each in flights:
-                    each.settle()
-                raise
+            for sent in flights:
+                try:
+                    left_s = max(0.0, deadline - time.monotonic())
+                    done.append((sent.part, self._sender.receive(sent, caller, left_s)))
+                except ReplyAbandoned:
+                    raise
+                except (TransportError, ExpertNotResident) as error:
+                    if isinstance(error, ExpertNotResident):
+                        stale[sent.part.group] = sent.version
+                    flight, failure = sent, error
+                    todo.append(sent.part)
             if flights or not todo:
                 continue
             if self._mode == "degrade":
                 self._count_degraded(todo, len(hidden_TH))
                 break
-            now = time.monotonic()
-            if now >= until:
-                words = f"expert group {flight.part.group}: {failure}; nothing replaced it in the caller's time"
+            if reason := caller.why_gone():
+                words = f"expert group {flight.part.group}: {failure}; nothing replaced it, and {reason}"
                 raise ReplyAbandoned(words) from failure
+            now = time.monotonic()
             if now >= deadline:
                 raise self._unavailable(flight, failure) from failure
-            self._board.wait_other(view, min(deadline - now, RETRY_S))
+            # No longer than until somebody has to see that nobody waits any more.
+            self._board.wait_other(view, min(min(deadline, caller.until) - now, RETRY_S))
         done.sort(key=lambda answered: answered[0].group)
         return done
 
@@ -148,8 +144,3 @@ class Failover:
         else:
             outcome = f"nothing replaced it within router.recovery_timeout_s ({self._timeout_s:g} s)"
         return GroupUnavailable(f"expert group {group}{where}: {failure}; {outcome}", group)
-
-
-def seconds_to(until: float) -> float | None:
-    """Seconds to a monotonic deadline, None where it is infinite."""
-    return None if until == math.inf else max(0.0, until - time.monotonic())

@@ -7,16 +7,18 @@ import time
 import torch
 
 from experts.errors import ExpertNotResident
+from router_service.caller import Caller
 from router_service.combine import Combiner
 from router_service.counters import RouterCounters
 from router_service.failover import Failover
-from router_service.sender import Flight, NodeFlight, Sender
+from router_service.flight import Flight, NodeFlight
+from router_service.sender import Sender
 from router_service.slot_index import IntArray
 from router_service.transport.base import ReplyAbandoned, TransportError
 
 
 class Pending:
-    """Take the result once, or cancel; keep `hidden_TH` unchanged until then. Belongs to one thread."""
+    """Take the result once, or cancel, from any thread; keep `hidden_TH` unchanged until then."""
 
     def __init__(
         self,
@@ -25,14 +27,12 @@ class Pending:
         sender: Sender,
         failover: Failover,
         counters: RouterCounters,
+        caller: Caller,
         *,
         dispatched: float,
         reply_timeout_s: float,
-        until: float,
     ) -> None:
-        """dispatched, until: when it began, and the caller's deadline or inf, on the monotonic clock;
-        reply_timeout_s: longest wait for one reply
-        """
+        """dispatched: when it began, on the monotonic clock; reply_timeout_s: longest wait for one reply"""
         self._flights = flights
         self._hidden_TH = hidden_TH
         self._sender = sender
@@ -40,7 +40,7 @@ class Pending:
         self._counters = counters
         self._dispatched = dispatched
         self._reply_timeout_s = reply_timeout_s
-        self._until = until
+        self._caller = caller
 
     def result(self) -> torch.Tensor:
         """combined_TH, in hidden's dtype, on its device.
@@ -65,14 +65,13 @@ class Pending:
             # One node: its sum is the whole.
             return self._sum_of(self._flights[0].flights).result(self._hidden_TH.dtype)
         combiner = self._combiner()
-        for flight in tuple(self._flights):
+        for flight in self._flights:
             combiner.add(*self._collect(flight))
         return combiner.result(self._hidden_TH.dtype)
 
     def cancel(self) -> None:
         """Nobody wants the result any more: tell the groups, where the transport can."""
-        for flight in self._flights:
-            self._sender.cancel(flight)
+        self._caller.cancel()
 
     def _collect(self, flight: NodeFlight) -> tuple[IntArray | None, torch.Tensor]:
         """The batch's tokens and one node's sum for them."""
@@ -80,17 +79,15 @@ class Pending:
         if flight.reply is not None:
             assert flight.node_part is not None
             try:
-                return flight.node_part.tokens_T, self._sender.receive_node(flight, self._left_s())
+                return flight.node_part.tokens_T, self._sender.receive_node(flight, self._caller, self._reply_timeout_s)
             except ReplyAbandoned:
                 raise
             except (TransportError, ExpertNotResident):
-                again = self._failover.send_each(flight, self._hidden_TH, self._until)
-                self._flights.append(again)  # which is for `cancel`
-                flights = again.flights
+                flights = self._failover.send_each(flight, self._hidden_TH, self._caller)
         if len(flights) == 1:
             (alone,) = flights
             try:
-                return alone.part.tokens_T, self._sender.receive(alone, self._left_s())
+                return alone.part.tokens_T, self._receive(alone)
             except (TransportError, ExpertNotResident) as failure:
                 combiner = self._combiner()
                 self._recover(alone, failure, combiner)
@@ -101,20 +98,20 @@ class Pending:
         combiner = self._combiner()
         for flight in flights:
             try:
-                combiner.add(flight.part.tokens_T, self._sender.receive(flight, self._left_s()))
+                combiner.add(flight.part.tokens_T, self._receive(flight))
             except (TransportError, ExpertNotResident) as failure:
                 self._recover(flight, failure, combiner)
         return combiner
 
+    def _receive(self, flight: Flight) -> torch.Tensor:
+        return self._sender.receive(flight, self._caller, self._reply_timeout_s)
+
     def _recover(self, flight: Flight, failure: TransportError | ExpertNotResident, combiner: Combiner) -> None:
         if isinstance(failure, ReplyAbandoned):
             raise failure
-        for part, partial_TH in self._failover.recover(flight, failure, self._hidden_TH, self._until):
+        for part, partial_TH in self._failover.recover(flight, failure, self._hidden_TH, self._caller):
             combiner.add(part.tokens_T, partial_TH)
 
     def _combiner(self) -> Combiner:
         num_tokens, hidden_size = self._hidden_TH.shape
         return Combiner(num_tokens, hidden_size, self._hidden_TH.device)
-
-    def _left_s(self) -> float:
-        return max(0.0, min(self._reply_timeout_s, self._until - time.monotonic()))

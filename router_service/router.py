@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -11,10 +10,11 @@ from typing import Literal
 import torch
 
 from experts.errors import GroupUnavailable, RequestError
+from router_service.caller import Caller
 from router_service.combine import compiled_add_rows
 from router_service.counters import RouterCounters
 from router_service.dispatch import compiled_split_rows, plan_dispatch
-from router_service.failover import Failover, OnExpertLoss, seconds_to
+from router_service.failover import Failover, OnExpertLoss
 from router_service.gating.gate import ChoiceLimit, Gate
 from router_service.lane_run import LaneRun
 from router_service.node_limit import NodeLimit
@@ -196,7 +196,7 @@ class Router:
         timeout_s: float | None,
     ) -> Pending:
         dispatched = time.monotonic()
-        until = math.inf if timeout_s is None else dispatched + timeout_s
+        caller = Caller(timeout_s)
         hidden_TH = hidden_TH.detach()
         view = self._view()
         avoid = self.replicas.unreachable(view)
@@ -204,14 +204,14 @@ class Router:
         plan = plan_dispatch(view.slots(layer, avoid), layer, expert_ids_TK, weights_TK, cover)
         self.counters.batch(layer, plan.num_tokens, plan.tokens_per_expert_E)
         return Pending(
-            self._sender.send_all(view, plan.parts, hidden_TH, seconds_to(until)),
+            self._sender.send_all(view, plan.parts, hidden_TH, caller),
             hidden_TH,
             self._sender,
             self._failover,
             self.counters,
+            caller,
             dispatched=dispatched,
             reply_timeout_s=self._timeout_s,
-            until=until,
         )
 
     def _view(self) -> TableView:

@@ -3,44 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from router_service.caller import Caller
 from router_service.counters import RouterCounters
 from router_service.dispatch import GroupPart
-from router_service.node_part import NodePart, bundle, num_distinct_tokens
+from router_service.flight import Flight, NodeFlight
+from router_service.node_part import bundle, num_distinct_tokens
 from router_service.placement import GroupReplica
 from router_service.replica_choice import ReplicaChoice
 from router_service.table_view import TableView
 from router_service.transport.base import PendingReply, ReplyAbandoned, Transport, TransportError
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Flight:
-    """A part that is out. version: of the table it was planned with; reply: the error where it was not even sent.
-
-    settle: tells ReplicaChoice that the replica owes nothing any more
-    """
-
-    part: GroupPart
-    version: int
-    replica: GroupReplica | None
-    reply: PendingReply | TransportError
-    settle: Callable[[], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class NodeFlight:
-    """A node's parts, out as one message (`node_part`, `reply`) or each on its own (`flights`); never both."""
-
-    node_part: NodePart | None = None
-    version: int
-    replicas: tuple[GroupReplica, ...] = ()
-    reply: PendingReply | TransportError | None = None
-    flights: tuple[Flight, ...] = ()
-    settles: tuple[Callable[[], None], ...] = ()
 
 
 class Sender:
@@ -62,22 +37,22 @@ class Sender:
         view: TableView,
         parts: Sequence[GroupPart],
         hidden_TH: torch.Tensor,
-        timeout_s: float | None,
+        caller: Caller,
     ) -> list[NodeFlight]:
         """Start all calls of a batch, nodes in the order of their first group."""
         by_node: dict[str, list[tuple[GroupPart, GroupReplica | None]]] = {}
         for part in parts:
             replica = self._replicas.choose(view, part.group)
-            by_node.setdefault(replica.node if replica is not None else "", []).append((part, replica))
-        sent: list[NodeFlight] = []
+            # A group that is lost is added where it was: its sum is waited for, and outputs do not change.
+            node = replica.node if replica is not None else view.nodes[part.group]
+            by_node.setdefault(node, []).append((part, replica))
         try:
-            for node, chosen in by_node.items():
-                sent.append(self._send_node(view, node, chosen, hidden_TH, timeout_s))
+            return [
+                caller.sent(self._send_node(view, node, chosen, hidden_TH, caller)) for node, chosen in by_node.items()
+            ]
         except BaseException:
-            for flight in sent:
-                self.cancel(flight)
+            caller.cancel()
             raise
-        return sent
 
     def _send_node(
         self,
@@ -85,14 +60,14 @@ class Sender:
         node: str,
         chosen: list[tuple[GroupPart, GroupReplica | None]],
         hidden_TH: torch.Tensor,
-        timeout_s: float | None,
+        caller: Caller,
     ) -> NodeFlight:
         version = view.table.version
         parts = [part for part, _ in chosen]
         replicas = tuple(replica for _, replica in chosen if replica is not None)
         if self._node in (None, node) or len(replicas) < 2 or len(replicas) < len(chosen):
             self._counters.node(num_distinct_tokens(parts, len(hidden_TH)))
-            return NodeFlight(version=version, flights=self._fly_each(version, chosen, hidden_TH, timeout_s))
+            return NodeFlight(version=version, flights=self._fly_each(version, chosen, hidden_TH, caller))
         node_part = bundle(parts, len(hidden_TH))
         self._counters.node(node_part.num_tokens)
         relay = self._replicas.least_loaded(replicas)
@@ -109,7 +84,7 @@ class Sender:
             for replica, part in zip(replicas, node_part.parts, strict=True)
         )
         try:
-            reply: PendingReply | TransportError = self._transport.send_node(replicas, call, timeout_s)
+            reply: PendingReply | TransportError = self._transport.send_node(replicas, call, caller.left_s())
         except TransportError as error:
             reply = error
         except BaseException:
@@ -118,16 +93,14 @@ class Sender:
             raise
         return NodeFlight(node_part=node_part, version=version, replicas=replicas, reply=reply, settles=settles)
 
-    def receive_node(self, flight: NodeFlight, timeout_s: float) -> torch.Tensor:
-        """Wait for the sum over a node's parts, rows as `node_part.tokens_T`. Raises TransportError, RequestError.
+    def receive_node(self, flight: NodeFlight, caller: Caller, patience_s: float) -> torch.Tensor:
+        """Wait for the sum over a node's parts, rows as `node_part.tokens_T`. Raises as `receive` does.
 
         A failure says nothing about which of the node's replicas failed: send the parts one by one to learn it.
         """
         assert flight.reply is not None, "sent as one message"
         try:
-            if isinstance(flight.reply, TransportError):
-                raise flight.reply
-            partial_TH = flight.reply.result(timeout_s)
+            partial_TH = _take(flight.reply, caller, patience_s)
         finally:
             for settle in flight.settles:
                 settle()
@@ -140,24 +113,25 @@ class Sender:
         parts: Sequence[GroupPart],
         version: int,
         hidden_TH: torch.Tensor,
-        timeout_s: float | None,
+        caller: Caller,
     ) -> tuple[Flight, ...]:
         """Start the calls of parts planned with table `version`; never raises TransportError, `receive` does."""
         chosen = [(part, self._replicas.choose(view, part.group)) for part in parts]
-        return self._fly_each(version, chosen, hidden_TH, timeout_s)
+        flights = self._fly_each(version, chosen, hidden_TH, caller)
+        return caller.sent(NodeFlight(version=version, flights=flights)).flights
 
     def _fly_each(
         self,
         version: int,
         chosen: Sequence[tuple[GroupPart, GroupReplica | None]],
         hidden_TH: torch.Tensor,
-        timeout_s: float | None,
+        caller: Caller,
     ) -> tuple[Flight, ...]:
         flights: list[Flight] = []
         try:
             for part, replica in chosen:
                 call = part.call(hidden_TH)
-                send = partial(self._transport.send, call=call, timeout_s=timeout_s)
+                send = partial(self._transport.send, call=call, timeout_s=caller.left_s())
                 flights.append(self.start(version, part, replica, len(call.hidden_TH), call.hidden_TH.nbytes, send))
         except BaseException:
             for flight in flights:
@@ -190,12 +164,14 @@ class Sender:
             raise
         return Flight(part=part, version=version, replica=replica, reply=reply, settle=settle)
 
-    def receive(self, flight: Flight, timeout_s: float) -> torch.Tensor:
-        """Wait for partial_TH. Raises TransportError (the replica then counts as lost) or RequestError."""
+    def receive(self, flight: Flight, caller: Caller, patience_s: float) -> torch.Tensor:
+        """Wait for partial_TH.
+
+        Raises TransportError, where the replica counts as lost from then on, ReplyAbandoned where nobody waits any
+        more, RequestError.
+        """
         try:
-            if isinstance(flight.reply, TransportError):
-                raise flight.reply
-            partial_TH = flight.reply.result(timeout_s)
+            partial_TH = _take(flight.reply, caller, patience_s)
         except TransportError as error:
             if flight.replica is not None and not isinstance(error, ReplyAbandoned):
                 self._replicas.lost(flight.replica)
@@ -205,14 +181,19 @@ class Sender:
         self._counters.received(partial_TH.nbytes)
         return partial_TH
 
-    @staticmethod
-    def cancel(flight: NodeFlight) -> None:
-        """Nobody wants the answers any more; from any thread, and nothing happens to what was received."""
-        for settle in (*flight.settles, *(each.settle for each in flight.flights)):
-            settle()
-        for reply in (flight.reply, *(each.reply for each in flight.flights)):
-            if reply is not None and not isinstance(reply, TransportError):
-                reply.cancel()
+
+def _take(reply: PendingReply | TransportError, caller: Caller, patience_s: float) -> torch.Tensor:
+    try:
+        if isinstance(reply, TransportError):
+            raise reply
+        left_s = caller.left_s()
+        return reply.result(patience_s if left_s is None else min(patience_s, left_s))
+    except ReplyAbandoned:
+        raise
+    except TransportError as error:
+        if reason := caller.why_gone():
+            raise ReplyAbandoned(f"{error}; {reason}") from error
+        raise
 
 
 def _nothing() -> None:

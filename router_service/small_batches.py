@@ -223,6 +223,7 @@ class SmallBatch:
         # Whoever takes it, `result` or `cancel`, in whichever threads, is the only one.
         self._desk = [desk]
         self._is_cancelled = False
+        self._again: Pending | None = None
         self._layer = layer
         self._hidden_TH = hidden_TH
         self._dispatched = dispatched
@@ -259,11 +260,20 @@ class SmallBatch:
             return torch.from_numpy(out_TH)
         if self._is_cancelled:
             raise TimeoutError(_CANCELLED)
-        return batches.again(self._layer, self._hidden_TH, *desk.choice(num_tokens)).result()
+        self._again = again = batches.again(self._layer, self._hidden_TH, *desk.choice(num_tokens))
+        try:
+            # In this order, and `cancel` in the other, one of the two sees it.
+            if self._is_cancelled:
+                again.cancel()
+            return again.result()
+        finally:
+            self._again = None
 
     def cancel(self) -> None:
         """Nobody wants the result any more; from any thread."""
         self._is_cancelled = True
+        if (again := self._again) is not None:
+            again.cancel()
         with suppress(IndexError):  # it was taken, by who waits in `result` perhaps
             self._batches.leave(self._desk.pop(), usable=False)
 

@@ -14,9 +14,12 @@ from router_service.slot_index import SlotIndex, build_slot_index
 
 
 class TableView:
-    """A table and what planning derives from it once. Never changes what it answers; safe between threads."""
+    """A table and what planning derives from it once. Never changes what it answers; safe between threads.
 
-    def __init__(self, table: PlacementTable) -> None:
+    nodes: of each group; of one without a replica where it was in `before`, the view of the table before, or ""
+    """
+
+    def __init__(self, table: PlacementTable, before: TableView | None = None) -> None:
         self.table = table
         self.replicas: tuple[tuple[GroupReplica, ...], ...] = tuple(
             table.callable_replicas(group) for group in range(table.num_groups)
@@ -26,9 +29,12 @@ class TableView:
         self._covers: dict[tuple[int, frozenset[int], str | None], NodeCover] = {}
         self._held: dict[int, npt.NDArray[np.bool_]] = {}
         # Several replicas of a group: the first speaks for its node.
-        nodes = [replicas[0].node if replicas else "" for replicas in self.replicas]
-        self._nodes = sorted(set(nodes))
-        self._node_of_group_G = np.array([self._nodes.index(node) for node in nodes], dtype=np.int32)
+        known = dict(enumerate(before.nodes)) if before is not None else {}
+        self.nodes: tuple[str, ...] = tuple(
+            replicas[0].node if replicas else known.get(group, "") for group, replicas in enumerate(self.replicas)
+        )
+        self._nodes = sorted(set(self.nodes))
+        self._node_of_group_G = np.array([self._nodes.index(node) for node in self.nodes], dtype=np.int32)
 
     def slots(self, layer: int, avoid: frozenset[int]) -> SlotIndex:
         """Slots of `layer`, without the groups to avoid wherever an expert has another.
@@ -84,7 +90,7 @@ class TableBoard:
             previous = self._view
             if previous is not None and table.version < previous.table.version:
                 return ()
-            self._view = TableView(table)
+            self._view = TableView(table, previous)
             self._changed.notify_all()
         if previous is None:
             return ()

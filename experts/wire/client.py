@@ -211,9 +211,11 @@ class _UnaryReply:
                 raise RequestError(error.details()) from error
             kind = CallAbandoned if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED else CallFailed
             raise kind(f"{self._where}: {error.code().name}: {error.details()}") from error
-        except (grpc.FutureTimeoutError, grpc.FutureCancelledError) as error:
+        except grpc.FutureTimeoutError as error:
             self._future.cancel()
-            raise CallAbandoned(f"{self._where}: no reply within the call's time limit") from error
+            raise CallFailed(f"{self._where}: no reply within the deadline") from error
+        except grpc.FutureCancelledError as error:
+            raise CallAbandoned(f"{self._where}: cancelled by its caller") from error
 
     def cancel(self) -> None:
         self._future.cancel()

@@ -55,9 +55,6 @@ class _Reply:
 
     def result(self, timeout_s: float | None = None) -> torch.Tensor:
         given_up = _until(timeout_s)
-        if self._until - given_up < _LOOK_S:
-            # Who waits to the end of the call's own limit counted it from a moment before we did.
-            given_up = math.inf
         while True:
             now = time.monotonic()
             try:

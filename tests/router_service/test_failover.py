@@ -10,9 +10,9 @@ from router_service.transport.faulty import FaultyTransport
 
 @pytest.fixture
 def make_router():
-    def make(mesh, *, recovery_timeout_s=5.0, on_expert_loss="failover"):
+    def make(mesh, *, recovery_timeout_s=5.0, **options):
         transport = FaultyTransport(mesh.transport)
-        router = Router(transport, {}, recovery_timeout_s=recovery_timeout_s, on_expert_loss=on_expert_loss)
+        router = Router(transport, {}, recovery_timeout_s=recovery_timeout_s, **options)
         router.update(mesh.table)
         return router, transport
 
@@ -131,6 +131,50 @@ def test_a_callers_deadline_is_not_called_the_routers(make_mesh, make_router):
     transport.kill(mesh.replica(2))
     with pytest.raises(TimeoutError, match=r"group 2: .*injected.*the caller's time"):
         router.dispatch(0, *mesh.batch(50), timeout_s=0.05).result()
+
+
+def test_what_fails_after_the_callers_deadline_says_nothing_of_the_replica(make_mesh, make_router):
+    mesh = make_mesh()
+    batch = mesh.batch(50)
+    for node in (None, "elsewhere"):
+        router, transport = make_router(mesh, recovery_timeout_s=600, node=node)
+        transport.lose_next(mesh.replica(2), 1)
+        with pytest.raises(TimeoutError, match=r"connection lost.*the caller's time"):
+            router.dispatch(0, *batch, timeout_s=0.0).result()
+        router.dispatch(0, *batch).result()
+        assert router.counters.failovers == 0
+
+
+def test_cancelling_ends_the_wait_for_a_group_that_is_lost(make_mesh, make_router):
+    mesh = make_mesh()
+    router, transport = make_router(mesh, recovery_timeout_s=600)
+    dead = mesh.replica(2)
+    transport.kill(dead)
+    pending = router.dispatch(0, *mesh.batch(50))
+    join = in_background(pending.result)
+    assert transport.wait_sent(dead, 2, 5.0)
+    pending.cancel()
+    error = join()
+    assert isinstance(error, TimeoutError)
+    assert "cancelled by its caller" in str(error)
+
+
+@pytest.mark.parametrize("nodes", [["n0"] * 4, ["n0", "n0", "n1", "n1"]])
+@pytest.mark.parametrize("lost", range(4))
+def test_a_call_that_begins_while_a_group_is_lost_gives_the_same_bits(make_mesh, make_router, nodes, lost):
+    mesh = make_mesh(nodes=nodes)
+    batch = mesh.batch(50, top_k=16)
+    router, transport = make_router(mesh, node="n0")
+    undisturbed = router.dispatch(0, *batch).result()
+    transport.kill(mesh.replica(lost))
+    router.replicas.lost(next(r for r in mesh.table.replicas if r.group == lost))
+    listed = router.dispatch(0, *batch)
+    router.update(mesh.publish([r for r in mesh.table.replicas if r.group != lost]))
+    missing = router.dispatch(0, *batch)
+    router.update(mesh.start(lost))
+    for pending in (listed, missing, router.dispatch(0, *batch)):
+        assert torch.equal(pending.result(), undisturbed)
+    assert router.counters.failovers == 2
 
 
 def test_a_group_without_any_replica_is_waited_for(make_mesh, make_router):

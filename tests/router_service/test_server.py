@@ -340,16 +340,26 @@ def test_cancelling_a_stream_without_a_deadline_reaches_the_experts_too(stuck_me
     assert (router.counters.failovers, router.replicas.rows_in_flight) == (0, 0)
 
 
-def test_an_unavailable_group_is_unavailable(make_mesh, gate):
-    mesh = make_mesh(num_groups=1)
-    router = Router(GrpcTransport(), {0: gate}, recovery_timeout_s=0.05)
-    router.update(dataclasses.replace(mesh.table, replicas=()))
+@pytest.mark.parametrize("is_there", [False, True])
+def test_an_unavailable_group_is_unavailable(stuck_mesh, is_there):
+    """The group is in no table, or gives no answer: with no deadline of the caller's it is not that which passed."""
+    _, _, stuck_router, _ = stuck_mesh
+    router = Router(GrpcTransport(), stuck_router._gates, recovery_timeout_s=0.05)
+    table = stuck_router.table
+    router.update(table if is_there else dataclasses.replace(table, replicas=()))
     server = RouterServer(router)
     server.start()
+    request = pb.RouteRequest(hidden=tensor(torch.ones(1, 8)))
     with grpc.insecure_channel(server.address) as channel:
-        with pytest.raises(grpc.RpcError, match="expert group 0") as caught:
-            router_pb2_grpc.RouterServiceStub(channel).Forward(pb.RouteRequest(hidden=tensor(torch.ones(1, 8))))
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        stub = router_pb2_grpc.RouterServiceStub(channel)
+        for ask in (stub.Forward, lambda _: next(stub.Stream(iter([pb.StreamRequest(route=request)])))):
+            try:
+                failure = ask(request).failure
+                code, words = failure.code, failure.message
+            except grpc.RpcError as error:
+                code, words = error.code().value[0], error.details()
+            assert code == grpc.StatusCode.UNAVAILABLE.value[0]
+            assert "expert group 0" in words
     server.stop(0)
     router.close()
 

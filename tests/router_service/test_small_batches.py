@@ -279,6 +279,33 @@ def test_what_is_late_is_asked_again_where_the_table_says_something_new(monkeypa
     assert small._replicas.unreachable(view) == {0}  # and is not waited for again
 
 
+def test_cancelling_reaches_what_was_asked_again(monkeypatch, small_batches):
+    gate, hidden_TH = gate_of(SPECS["mixtral"]), torch.randn(2, HIDDEN)
+    small, _ = small_batches({3: gate})
+    small.board.publish(table_of(8, 1))
+    asked, cancelled = threading.Event(), threading.Event()
+
+    class Again:
+        def result(self):
+            asked.set()
+            assert cancelled.wait(20)
+            raise TimeoutError("cancelled")
+
+        def cancel(self):
+            cancelled.set()
+
+    monkeypatch.setattr(small, "again", lambda *call: Again())
+    monkeypatch.setattr(small, "reply_timeout_s", 0.01)
+    monkeypatch.setattr("router_service.small_batches._PATIENCE_S", 0.001)
+    batch = small.send(small.board.view, 3, hidden_TH)
+    with ThreadPoolExecutor(1) as executor:
+        waiting = executor.submit(batch.result)
+        assert asked.wait(20)
+        batch.cancel()
+        with pytest.raises(TimeoutError, match="cancelled"):
+            waiting.result(20)
+
+
 @pytest.fixture
 def mesh(make_mesh):
     return make_mesh(num_experts=20, hidden_size=HIDDEN, redundant=4)

@@ -1,6 +1,6 @@
 import itertools
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from queue import SimpleQueue
 
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.ray
 def start_group(name, *, asynchronous, group=0, layers=(0,), gate=None, told=None):
     """An actor that serves a group in which an expert is worth 2 * hidden.
 
-    gate: a FIFO that holds up the first call until somebody writes to it; told: one that hears of every Cancel. Nothing
-    in Ray tells as much: an async actor with some calls in its queue answers nothing else.
+    gate: a FIFO that holds up the first call until somebody writes to it; told: a file that grows by a byte for each
+    call cancelled. Ray itself tells nothing: an async actor with some calls in its queue answers nothing else.
     """
 
     class Group:
@@ -48,7 +48,8 @@ def start_group(name, *, asynchronous, group=0, layers=(0,), gate=None, told=Non
     class Server(ExpertServer):
         def _cancel(self, request, context):
             reply = super()._cancel(request, context)
-            told.write_text(f"{len(request.call_ids)}")
+            with told.open("ab") as file:
+                file.write(bytes(len(request.call_ids)))
             return reply
 
     class Plain:
@@ -78,12 +79,14 @@ def start_group(name, *, asynchronous, group=0, layers=(0,), gate=None, told=Non
 
 
 @pytest.fixture
-def fifos(tmp_path):
+def held_up(tmp_path):
     """`gate` and `told` of a group."""
-    names = "gate", "told"
-    for name in names:
-        os.mkfifo(tmp_path / name)
-    return {name: tmp_path / name for name in names}
+    gate, told = tmp_path / "gate", tmp_path / "told"
+    os.mkfifo(gate)
+    told.touch()
+    yield {"gate": gate, "told": told}
+    with suppress(OSError):  # nobody waits there, as it should be; else the process would never end
+        os.close(os.open(gate, os.O_WRONLY | os.O_NONBLOCK))
 
 
 @pytest.fixture(scope="module")
@@ -246,14 +249,20 @@ def dispatch_request():
 
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_queued_call_that_nobody_wants_any_more_is_not_computed(make_call, wait_until, fifos, asynchronous):
-    actor, replica = start_group(f"skip-{asynchronous}", asynchronous=asynchronous, **fifos)
+def test_a_queued_call_that_nobody_wants_any_more_is_not_computed(make_call, wait_until, held_up, asynchronous):
+    actor, replica = start_group(f"skip-{asynchronous}", asynchronous=asynchronous, **held_up)
     transport = RayRefsTransport("mesh")
     call, node = make_call(torch.ones(1, 4)), node_call(torch.ones(1, 4), (None,))
     first = transport.send(replica, call)
+    told = itertools.count(1)
+
+    def wait_told():
+        count = next(told)
+        wait_until(lambda: held_up["told"].stat().st_size == count)
+
     for cancelled in (transport.send(replica, call), transport.send_node([replica], node)):
         cancelled.cancel()
-        assert fifos["told"].read_text() == "1"
+        wait_told()
         cancelled.cancel()  # of which nobody is told again
         with pytest.raises(ReplyAbandoned):
             cancelled.result(20)
@@ -261,7 +270,7 @@ def test_a_queued_call_that_nobody_wants_any_more_is_not_computed(make_call, wai
         for late in (transport.send(replica, call, 0.05), transport.send_node([replica], node, 0.05)):
             with pytest.raises(ReplyAbandoned, match="time limit"):
                 late.result(patience_s)
-            assert fifos["told"].read_text() == "1"
+            wait_told()
 
     router = Router(transport, {}, recovery_timeout_s=60.0)
     router.update(PlacementTable(version=1, num_groups=1, holders={0: ((0,),)}, replicas=(replica,)))
@@ -269,16 +278,16 @@ def test_a_queued_call_that_nobody_wants_any_more_is_not_computed(make_call, wai
         with pytest.raises(grpc.RpcError) as caught:
             stub.Dispatch(dispatch_request(), timeout=0.3)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert fifos["told"].read_text() == "1"
+        wait_told()
         calls = SimpleQueue()
         stream = stub.Stream(iter(calls.get, None))
         calls.put(router_pb2.StreamRequest(dispatch=dispatch_request()))
         wait_until(lambda: router.replicas.rows_in_flight == 1)
         stream.cancel()
         calls.put(None)
-        assert fifos["told"].read_text() == "1"
+        wait_told()
         last = transport.send(replica, call)
-        fifos["gate"].write_bytes(b"")
+        held_up["gate"].write_bytes(b"")
         assert first.result(20).eq(2).all()
         assert last.result(20).eq(2).all()
         last.cancel()
@@ -290,8 +299,8 @@ def test_a_queued_call_that_nobody_wants_any_more_is_not_computed(make_call, wai
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_callers_patience_is_not_its_time_limit(make_call, fifos):
-    actor, replica = start_group("late", asynchronous=False, **fifos)
+def test_a_callers_patience_is_not_its_time_limit(make_call, held_up):
+    actor, replica = start_group("late", asynchronous=False, **held_up)
     transport = RayRefsTransport("mesh")
     call, node = make_call(torch.ones(1, 4)), node_call(torch.ones(1, 4), (None,))
     first = transport.send(replica, call)
@@ -300,7 +309,7 @@ def test_a_callers_patience_is_not_its_time_limit(make_call, fifos):
             with pytest.raises(TransportError, match="no reply within the deadline") as caught:
                 reply.result(0.05)
             assert not isinstance(caught.value, ReplyAbandoned)
-    fifos["gate"].write_bytes(b"")
+    held_up["gate"].write_bytes(b"")
     assert first.result(20).eq(2).all()
     assert transport.send(replica, call).result(20).eq(2).all()
     assert ray.get(actor.calls.remote()) == 6
