@@ -5,6 +5,7 @@ there, and a replica that is new comes first."""
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from router_service.placement import GroupReplica
 from router_service.table_view import TableView
 
+log = logging.getLogger(__name__)
 # A replica that failed is tried again after so long if nothing replaced it: a broken path may be whole again.
 RETRY_S = 1.0
 
@@ -81,10 +83,14 @@ class ReplicaChoice:
 
         return settle
 
-    def lost(self, replica: GroupReplica) -> None:
+    def lost(self, replica: GroupReplica, why: str) -> None:
         """The replica failed a call: leave it out until RETRY_S has passed."""
         with self._lock:
+            self._try_again()
+            is_news = replica.replica not in self._lost_at
             self._lost_at[replica.replica] = self._clock()
+        if is_news:
+            log.warning("expert group %d counts as lost for %g s: %s", replica.group, RETRY_S, why)
 
     def forget(self, replicas: tuple[GroupReplica, ...]) -> None:
         """Forget the failures and turns of replicas that left the table."""

@@ -174,7 +174,7 @@ class Sender:
             partial_TH = _take(flight.reply, caller, patience_s)
         except TransportError as error:
             if flight.replica is not None and not isinstance(error, ReplyAbandoned):
-                self._replicas.lost(flight.replica)
+                self._replicas.lost(flight.replica, str(error))
             raise
         finally:
             flight.settle()

@@ -133,7 +133,7 @@ class SmallBatches:
     def lost(self, view: TableView, group: int) -> None:
         """A group gave no answer in time."""
         (replica,) = view.replicas[group]
-        self._replicas.lost(replica)
+        self._replicas.lost(replica, f"{replica.replica} gave no answer within {self.reply_timeout_s:g} s")
 
     def close(self) -> None:
         """Drop every lane; those that a batch is on when it is over."""

@@ -167,7 +167,7 @@ def test_a_call_that_begins_while_a_group_is_lost_gives_the_same_bits(make_mesh,
     router, transport = make_router(mesh, node="n0")
     undisturbed = router.dispatch(0, *batch).result()
     transport.kill(mesh.replica(lost))
-    router.replicas.lost(next(r for r in mesh.table.replicas if r.group == lost))
+    router.replicas.lost(next(r for r in mesh.table.replicas if r.group == lost), "killed")
     listed = router.dispatch(0, *batch)
     router.update(mesh.publish([r for r in mesh.table.replicas if r.group != lost]))
     missing = router.dispatch(0, *batch)

@@ -67,8 +67,12 @@ def test_a_leaving_replica_is_called_only_where_there_is_no_other(choice):
     assert choice.choose(view("a", "b", leaving=["a", "b"]), 0) is not None
 
 
-def test_a_lost_replica_is_left_out_for_a_while(choice, clock):
-    choice.lost(replica("a"))
+def test_a_lost_replica_is_left_out_for_a_while(choice, clock, caplog):
+    choice.lost(replica("a", group=3), "its connection broke")
+    choice.lost(replica("a", group=3), "nor is this news")
+    assert [record.getMessage() for record in caplog.records] == [
+        "expert group 3 counts as lost for 1 s: its connection broke"
+    ]
     assert {choice.choose(view("a", "b"), 0).replica for _ in range(4)} == {"b"}
     assert choice.choose(view("a"), 0) is None
     clock.now += RETRY_S
@@ -77,7 +81,7 @@ def test_a_lost_replica_is_left_out_for_a_while(choice, clock):
 
 def test_a_failure_is_forgotten_though_it_came_after_the_replica_had_left(choice, clock):
     choice.forget((replica("gone"),))
-    choice.lost(replica("gone"))
+    choice.lost(replica("gone"), "its connection broke")
     assert choice.unreachable(view("a")) == frozenset()
     clock.now += RETRY_S
     assert choice.choose(view("a"), 0) == replica("a")
