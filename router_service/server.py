@@ -44,6 +44,7 @@ _OPTIONS = (
 )
 # Of calls without a deadline, to which gRPC gives one that is centuries away.
 _LONGEST_S = 86_400.0
+_NO_PLACEMENT = "no placement has been published yet; watch it or ask again"
 # How often who waits for a placement looks whether that is still wanted.
 _WATCH_S = 1.0
 
@@ -55,7 +56,7 @@ class RouterServer:
     stream without a deadline is the quick way: its calls go to the groups as an engine's do, with no RPC of their own.
     The calls of a stream are answered in the order they came; open several streams to have several calls
     out at once.
-    Health is NOT_SERVING until the router has a placement table.
+    Until the router has a placement table health is NOT_SERVING, and calls are UNAVAILABLE.
 
     address: host:port that it listens on
 
@@ -114,6 +115,8 @@ class RouterServer:
                 return
 
     def _begin(self, call: RouterCall, timeout_s: float | None) -> Pending | SmallBatch:
+        if self._router.table is None:
+            raise GroupUnavailable(_NO_PLACEMENT, 0)  # rather than keep a thread until there is one
         if call.expert_ids_TK is None or call.weights_TK is None:
             return self._router.route(call.layer, call.hidden_TH, timeout_s=timeout_s)
         return self._router.dispatch(
@@ -145,7 +148,7 @@ class RouterServer:
     def _get_placement(self, request: pb.GetPlacementRequest, context: grpc.ServicerContext) -> pb.Placement:
         table = self._router.table
         if table is None:
-            context.abort(grpc.StatusCode.UNAVAILABLE, "no placement has been published yet; watch it or ask again")
+            context.abort(grpc.StatusCode.UNAVAILABLE, _NO_PLACEMENT)
         assert table is not None, "abort raises"
         return encode_placement(table)
 

@@ -384,6 +384,10 @@ def test_health_waits_for_the_first_placement(mesh):
         ]
         watches = [health.Watch(request, timeout=20) for request in requests]
         assert [next(watch).status for watch in watches] == [health_pb2.HealthCheckResponse.NOT_SERVING] * 2
+        forward = router_pb2_grpc.RouterServiceStub(channel).Forward
+        with pytest.raises(grpc.RpcError, match="no placement") as caught:
+            forward(pb.RouteRequest(hidden=tensor(torch.ones(1, 8))))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         router.update(mesh.table)
         assert [next(watch).status for watch in watches] == [health_pb2.HealthCheckResponse.SERVING] * 2
         server.stop(0)
