@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.config.load import parse_mesh
 from cluster.control.client import ServeControllerClient
 from cluster.running_app import application_details
+from cluster.serve_log import log_with_serve
 from cluster.topology import read_topology
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class ControllerActor:
         from experts.weights.layout import describe_experts
         from router_service.transport.grpc_health import watch_health
 
+        log_with_serve()
         config = parse_mesh(document, origin="mesh")
         checkpoint = open_checkpoint(config.model)
         layout = describe_experts(checkpoint, checkpoint.config())
@@ -104,6 +106,7 @@ class GroupActor:
         from cluster.group_host import GroupHost, HostIdentity
         from router_service.transport.ray_group import serve_calls
 
+        log_with_serve()
         context = ray.get_runtime_context()
         identity = HostIdentity(
             replica=serve.get_replica_context().replica_tag,
@@ -140,6 +143,7 @@ class EngineActor:
     ) -> None:
         from cluster.engine_host import EngineHost
 
+        log_with_serve()
         # The groups' handles are taken so that Serve deploys them with the application; calls go straight to them.
         config = parse_mesh(document, origin="mesh")
         self._host = EngineHost(

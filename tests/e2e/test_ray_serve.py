@@ -77,6 +77,12 @@ def _pid(deployment: str) -> int:
     return pid
 
 
+def _log(deployment: str) -> str:
+    """What the deployment's replicas, of all applications here, have written to Serve's log files."""
+    directory = Path(ray._private.worker._global_node.get_logs_dir_path(), "serve")
+    return "".join(file.read_text() for file in directory.glob(f"replica_{APPLICATION}_{deployment}_*.log"))
+
+
 def _expected(checkpoint: Path, prompt: str, new_tokens: int) -> str:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -141,6 +147,12 @@ def test_tokens_are_exact_and_a_killed_group_comes_back(ray_url: str, tiny_check
         resumed.wait(WAIT_S)
         resume_s = time.monotonic() - began
         assert [stream.result(WAIT_S) for stream in streams] == undisturbed
+    for deployment, words in (
+        ("controller", "group 1 lost replica"),
+        ("experts-1", "MB"),
+        ("engine", "expert group 1 counts as lost"),
+    ):
+        _until(lambda name=deployment, words=words: words in _log(name), f"{words!r} in the log of {deployment}")
     print(f"\ngroup killed: detected after {detect_s:.2f} s, reloaded {reload_s:.2f} s, streams on {resume_s:.2f} s")
 
     # The controller is killed too: streams do not notice, and the next one knows the groups and their experts.
