@@ -213,7 +213,7 @@ class _UnaryReply:
             raise kind(f"{self._where}: {error.code().name}: {error.details()}") from error
         except grpc.FutureTimeoutError as error:
             self._future.cancel()
-            raise CallFailed(f"{self._where}: no reply within the deadline") from error
+            raise CallFailed(f"{self._where}: no reply in time") from error
         except grpc.FutureCancelledError as error:
             raise CallAbandoned(f"{self._where}: cancelled by its caller") from error
 

@@ -84,7 +84,7 @@ class _Reply:
         if not self._actors.knows(self._actor):
             raise TransportError(f"{self._where}: the replica left the placement table")
         if now >= given_up:
-            raise TransportError(f"{self._where}: no reply within the deadline")
+            raise TransportError(f"{self._where}: no reply in time")
 
     def cancel(self) -> None:
         """The answer is dropped, who waits for it gives up, and a call that is in the actor's queue is skipped."""

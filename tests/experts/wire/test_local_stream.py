@@ -192,7 +192,7 @@ def test_an_answer_that_stops_in_the_middle_is_not_waited_for() -> None:
     with theirs:
         stream.send(b"?")
         theirs.sendall((1000).to_bytes(4, "little") + bytes(100))
-        with pytest.raises(StreamClosed, match="DEADLINE_EXCEEDED"):
+        with pytest.raises(StreamClosed, match="no reply in time"):
             stream.read_until(lambda: False, 0.05)
         assert not stream.is_open
 
@@ -240,7 +240,7 @@ def test_without_an_answer_in_time_the_stream_is_given_up(start: Start, address:
     start(address, lambda requests: (request for request in requests if silence.wait(WAIT_S)))
     caller = Caller(address)
     caller.stream.send(b"well?")
-    with pytest.raises(StreamClosed, match="DEADLINE_EXCEEDED"):
+    with pytest.raises(StreamClosed, match="no reply in time"):
         caller.stream.read_until(lambda: bool(caller.answers), 0.01)
     silence.set()
 
