@@ -81,11 +81,11 @@ def test_nobody_listening_is_refused_and_a_start_is_noticed(transport, serve_gro
     assert transport.send(again.replica(start=1), make_call(torch.ones(1, 4))).result(10).eq(2).all()
 
 
-def test_a_silent_peer_is_given_up_at_the_deadline(transport, serve_group, doubler, make_call):
+def test_a_silent_peer_is_given_up_in_time(transport, serve_group, doubler, make_call):
     served = serve_group(doubler)
     doubler.gate.clear()
     reply = transport.send(served.replica(), make_call(torch.ones(1, 4)))
-    with pytest.raises(TransportError, match="deadline"):
+    with pytest.raises(TransportError, match="no reply in time"):
         reply.result(0.05)
     doubler.gate.set()
 
