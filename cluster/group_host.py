@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 _SWITCH_INTERVAL_S = 0.0002
 _RETRY_S = 0.5
 _PROGRESS_S = 0.5
+_LOG_PROGRESS_S = 5.0
 _REPORT_S = 2.0
 _LEAVE_S = 5.0
 # An engine that has the newest table calls a leaving replica no more: quiet for so long, all have it.
@@ -171,13 +172,16 @@ class GroupHost:
             self.meter.set_load_share(await self._controller.load_share(self._me.replica, tokens_per_s))
 
     async def _load(self, assignment: Assignment) -> None:
-        loop, told = asyncio.get_running_loop(), 0.0
+        loop, told, logged = asyncio.get_running_loop(), 0.0, 0.0
 
         def progress(done: int, total: int) -> None:
-            nonlocal told
-            if done == total or time.monotonic() - told > _PROGRESS_S:
-                told = time.monotonic()
+            nonlocal told, logged
+            now = time.monotonic()
+            if done == total or now - logged > _LOG_PROGRESS_S:
+                logged = now
                 log.info("loaded %.1f of %.1f MB", done / 1e6, total / 1e6)
+            if done == total or now - told > _PROGRESS_S:
+                told = now
                 asyncio.run_coroutine_threadsafe(self._controller.progress(self._me.replica, done, total), loop)
 
         await asyncio.to_thread(self.group.assign, self._layout, self._checkpoint, assignment.keys, progress)
