@@ -157,6 +157,7 @@ def test_the_controller_follows_only_where_mesh_yaml_says_so(
     ray_service(engine=1, experts=1)
     started = []
     monkeypatch.setattr(deployments, "application_details", serve.application)
+    monkeypatch.setattr(deployments, "log_with_serve", lambda: None)
     monkeypatch.setattr(ray, "nodes", serve.nodes)
     monkeypatch.setattr(WorkerGroupFollower, "start", lambda follower: started.append(follower))
     section = {"worker_groups": {**WORKER_GROUPS, "namespace": cluster.namespace}} if owned else {}
