@@ -22,7 +22,8 @@ from router_service.pending import Pending
 from router_service.placement import PlacementTable
 from router_service.replica_choice import ReplicaChoice
 from router_service.sender import Sender
-from router_service.small_batches import SmallBatch, SmallBatches
+from router_service.small_batch import SmallBatch
+from router_service.small_batches import SmallBatches
 from router_service.table_view import TableBoard, TableView
 from router_service.transport.base import Transport
 from router_service.transport.grpc_stream import GrpcTransport

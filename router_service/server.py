@@ -15,7 +15,7 @@ from experts.errors import ConfigError, GroupUnavailable, RequestError
 from experts.wire.codec import MAX_MESSAGE_BYTES
 from router_service.pending import Pending
 from router_service.router import Router
-from router_service.small_batches import SmallBatch
+from router_service.small_batch import SmallBatch
 from router_service.wire.codec import (
     RouterCall,
     decode_dispatch,

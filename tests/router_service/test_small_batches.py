@@ -201,7 +201,7 @@ def test_a_lane_lasts_until_something_is_out_of_the_ordinary(small_batches):
 
 
 def test_who_waits_for_a_batch_that_is_cancelled_stops(monkeypatch, small_batches):
-    monkeypatch.setattr("router_service.small_batches._PATIENCE_S", 0.01)
+    monkeypatch.setattr("router_service.small_batches.SmallBatches.patience_s", 0.01)
     gate, hidden_TH = gate_of(SPECS["mixtral"]), torch.randn(2, HIDDEN)
     small, listeners = small_batches({3: gate})
     small.board.publish(table_of(8, 1))
@@ -261,7 +261,7 @@ def test_what_is_late_is_asked_again_where_the_table_says_something_new(monkeypa
             return "the sum"
 
     monkeypatch.setattr(small, "again", lambda *call: asked.append(call) or Again())
-    monkeypatch.setattr("router_service.small_batches._PATIENCE_S", 0.001)
+    monkeypatch.setattr("router_service.small_batches.SmallBatches.patience_s", 0.001)
     publish = threading.Timer(0.1, small.board.publish, [dataclasses.replace(view.table, version=2)])
     batch = small.send(view, 3, hidden_TH)
     publish.start()
@@ -296,7 +296,7 @@ def test_cancelling_reaches_what_was_asked_again(monkeypatch, small_batches):
 
     monkeypatch.setattr(small, "again", lambda *call: Again())
     monkeypatch.setattr(small, "reply_timeout_s", 0.01)
-    monkeypatch.setattr("router_service.small_batches._PATIENCE_S", 0.001)
+    monkeypatch.setattr("router_service.small_batches.SmallBatches.patience_s", 0.001)
     batch = small.send(small.board.view, 3, hidden_TH)
     with ThreadPoolExecutor(1) as executor:
         waiting = executor.submit(batch.result)

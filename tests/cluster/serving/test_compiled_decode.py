@@ -319,7 +319,7 @@ def test_an_answer_that_is_late_is_waited_for(
     mesh = make_mesh(family)
     step = mesh.decode_step((9, 70, 3, 4, 5))
     expected = mesh.run(step)
-    monkeypatch.setattr("router_service.small_batches._PATIENCE_S", 0.01)
+    monkeypatch.setattr("router_service.small_batches.SmallBatches.patience_s", 0.01)
     monkeypatch.setattr(mesh.router._small, "again", lambda *_: pytest.fail("it is asked again"))
     waited = threading.Event()
     disturbed = disturb(mesh, monkeypatch, lambda: (waited.wait(0.1), None)[1])
