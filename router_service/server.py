@@ -54,8 +54,7 @@ class RouterServer:
 
     The deadline and the cancellation of an RPC reach the experts: what they have not begun they do not compute. A
     stream without a deadline is the quick way: its calls go to the groups as an engine's do, with no RPC of their own.
-    The calls of a stream are answered in the order they came; open several streams to have several calls
-    out at once.
+    The calls of a stream are answered in the order they came; open several streams to have several calls out at once.
     Until the router has a placement table health is NOT_SERVING, and calls are UNAVAILABLE.
 
     address: host:port that it listens on

@@ -149,7 +149,7 @@ def test_tokens_are_exact_and_a_killed_group_comes_back(ray_url: str, tiny_check
         assert [stream.result(WAIT_S) for stream in streams] == undisturbed
     for deployment, words in (
         ("controller", "group 1 lost replica"),
-        ("experts-1", "MB"),
+        ("experts-1", "loaded "),
         ("engine", "expert group 1 counts as lost"),
     ):
         _until(lambda name=deployment, words=words: words in _log(name), f"{words!r} in the log of {deployment}")

@@ -279,6 +279,7 @@ def test_a_queued_call_that_nobody_wants_any_more_is_not_computed(make_call, wai
             stub.Dispatch(dispatch_request(), timeout=0.3)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         wait_told()
+        wait_until(lambda: router.replicas.rows_in_flight == 0)
         calls = SimpleQueue()
         stream = stub.Stream(iter(calls.get, None))
         calls.put(router_pb2.StreamRequest(dispatch=dispatch_request()))
